@@ -1,0 +1,3 @@
+//! The `pagecast` program.
+
+fn main() {}
