@@ -165,6 +165,15 @@ impl PageSet {
         self.occupied_chunks().flat_map(|chunk| self.pages_of_chunk(chunk))
     }
 
+    /// The pages of the set at or after `from`, ascending.
+    pub fn iter_from(&self, from: Pfn) -> impl Iterator<Item = Pfn> + '_ {
+        let start = from.chunk().min(self.bits.len());
+        (start..self.bits.len())
+            .filter(|chunk| self.counts[*chunk] > 0)
+            .flat_map(|chunk| self.pages_of_chunk(chunk))
+            .skip_while(move |pfn| *pfn < from)
+    }
+
     /// The first page of the set at or after `from`.
     pub fn next_at_or_after(&self, from: Pfn) -> Option<Pfn> {
         if from.0 >= self.nr_pages {
@@ -218,6 +227,10 @@ mod tests {
                     set.next_at_or_after(Pfn(at)).map(|pfn| pfn.0),
                     model.range(at..).next().copied()
                 );
+                prop_assert_eq!(
+                    set.iter_from(Pfn(at)).map(|pfn| pfn.0).collect::<Vec<_>>(),
+                    model.range(at..).copied().collect::<Vec<_>>()
+                );
             }
             prop_assert_eq!(listed(&set), model.iter().copied().collect::<Vec<_>>());
             for chunk in 0..set.nr_chunks() {
@@ -225,6 +238,7 @@ mod tests {
             }
             set.clear();
             prop_assert!(set.is_empty() && set.iter().next().is_none());
+            prop_assert!(set.iter_from(Pfn(nr_pages + 512)).next().is_none());
         }
     }
 

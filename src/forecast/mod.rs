@@ -1,1 +1,152 @@
-//! Forecast.
+//! Which page to send next, and when to stop.
+//!
+//! The scanner of a live migration and the replay of a recorded trace drive the same [`Engine`]: they give it
+//! every sample of the dirty log, ask it for batches as long as the link has room, and ask it for a verdict
+//! after every sample. Pure: no I/O, no clock of its own, no threads, no unsafe; the same calls give the same
+//! answers.
+//!
+//! * [`engine`]: the pending set and the rule that nothing is forgotten; drives one policy.
+//! * `policy`: the trait of the policies and the one place where they are registered.
+//! * `xen`, `xen_skip`, `paper`: the policies that send in rounds (`rounds`, `legacy_loop`: what they share).
+//! * `ranked`: the plan of the policies that rank pages, over the page models of `heat` and `ar`.
+//! * [`working_set`], `bound`: ages of the pages, and the clairvoyant bound that follows from them.
+//! * `stop`: when ranked sending ends. `log2`, `chunks`: fixed-point logarithm, state by 2 MiB chunk.
+
+mod ar;
+mod bound;
+mod chunks;
+pub mod engine;
+mod heat;
+mod legacy_loop;
+mod log2;
+mod paper;
+mod policy;
+mod ranked;
+mod rounds;
+#[cfg(test)]
+mod simulation;
+mod stop;
+pub mod working_set;
+mod xen;
+mod xen_skip;
+
+pub use bound::TStar;
+pub use engine::Engine;
+pub use policy::{ParsePolicyError, PolicyKind};
+pub use working_set::WorkingSet;
+
+use crate::page::Pfn;
+use crate::page_set::PageSet;
+use std::fmt;
+use std::time::Duration;
+
+/// One get-and-clear of the dirty log.
+pub struct Sample<'a> {
+    /// When, since the start of dirty logging, the log was cleared. Never earlier than the sample before.
+    pub at: Duration,
+    /// The pages written since the sample before.
+    pub dirty: &'a PageSet,
+}
+
+/// Looking at the dirty log without clearing it (Xen's `SHADOW_OP_PEEK`).
+pub trait Peek {
+    /// Adds to `into` the pages of `first .. first + count` written since the last get-and-clear.
+    fn peek(&mut self, first: Pfn, count: u64, into: &mut PageSet);
+}
+
+/// What a forecast has to know before it starts.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// Size of the page-number space; every page of it is pending at the start.
+    pub nr_pages: u64,
+    /// How long the guest may stand still.
+    pub downtime_budget: Duration,
+    /// Time between two samples of the dirty log.
+    pub sample_interval: Duration,
+    /// After this time every policy stops.
+    pub max_time: Duration,
+    /// The part of the downtime that is not for pages: suspend, final scan, hand-over.
+    pub fixed_downtime: Duration,
+}
+
+impl Config {
+    /// `K_eff`: pages that the stop phase can carry within the downtime budget.
+    pub(crate) fn pages_in_budget(&self, pages_per_s: f64) -> f64 {
+        self.downtime_budget.saturating_sub(self.fixed_downtime).as_secs_f64() * pages_per_s.max(0.0)
+    }
+}
+
+/// What the link can do, as measured by the caller.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Link {
+    /// Pages with data that it carries in a second.
+    pub pages_per_s: f64,
+    /// Pages handed out and not yet sent.
+    pub in_flight: u64,
+    /// Page transmissions so far; a page that turned out to be zero and cost the link nothing is none.
+    pub sent: u64,
+}
+
+impl Link {
+    /// Time to send `pages`; `Duration::MAX` if the link carries nothing.
+    pub(crate) fn time_for(&self, pages: u64) -> Duration {
+        if pages == 0 {
+            return Duration::ZERO;
+        }
+        Duration::try_from_secs_f64(pages as f64 / self.pages_per_s).unwrap_or(Duration::MAX)
+    }
+}
+
+/// What the scanner does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Send what was appended.
+    Batch,
+    /// The round is over: wait until all that was handed out has been sent, then get-and-clear and
+    /// [`Engine::on_sample`]. That sample, and no other before it, begins the next round.
+    RoundEnd,
+    /// Nothing is worth sending before the next sample.
+    Idle,
+}
+
+/// Whether to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Keep sending.
+    Continue,
+    /// Suspend the guest and send what is left.
+    Stop(StopReason),
+}
+
+/// Why pre-copy ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StopReason {
+    /// What is left fits the downtime budget.
+    WithinBudget,
+    /// Xen's rule: fewer than 50 pages in a round.
+    FewDirty,
+    /// Xen's rule: the last round that it allows.
+    MaxRounds,
+    /// Xen's rule up to 4.5: more than three times the memory was sent.
+    MaxFactor,
+    /// Going on would send more than 2.2 times the memory.
+    DirtyCap,
+    /// No policy could have come near the budget for a while, and the backlog is as low as it has been.
+    NoBetterBacklog,
+    /// The time limit.
+    MaxTime,
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            StopReason::WithinBudget => "the rest fits the downtime budget",
+            StopReason::FewDirty => "fewer than 50 pages were dirty",
+            StopReason::MaxRounds => "the last round allowed was sent",
+            StopReason::MaxFactor => "more than three times the memory was sent",
+            StopReason::DirtyCap => "sending on would exceed 2.2 times the memory",
+            StopReason::NoBetterBacklog => "the budget is out of reach and the backlog is at its lowest",
+            StopReason::MaxTime => "the time limit was reached",
+        })
+    }
+}

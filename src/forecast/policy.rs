@@ -1,0 +1,132 @@
+//! What a policy is, and the one place where policies are registered.
+
+use super::ar::ArPage;
+use super::heat::HeatPage;
+use super::paper::Paper;
+use super::ranked::Ranked;
+use super::xen::Xen;
+use super::xen_skip::XenSkip;
+use super::{Config, Link, Next, Peek, Sample, StopReason, WorkingSet};
+use crate::page::Pfn;
+use crate::page_set::PageSet;
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// What a policy sees of the migration when it is asked.
+pub(super) struct View<'a> {
+    /// Time since the start of dirty logging.
+    pub now: Duration,
+    /// The link as the caller measured it.
+    pub link: &'a Link,
+    /// Pages that have to be sent at some time.
+    pub pending: &'a PageSet,
+    /// When each page was last written.
+    pub working_set: &'a WorkingSet,
+}
+
+/// A rule that orders the pending pages and says when to stop.
+pub(super) trait Policy: Send {
+    /// Takes a sample in. Neither `working_set` nor the pending set knows of it yet, so the ages in it are
+    /// those of the writes before.
+    fn on_sample(&mut self, sample: &Sample, working_set: &WorkingSet);
+
+    /// Appends to `out` at most `max` pages out of `view.pending`, in the order to send; each page once.
+    fn next_batch(&mut self, view: &View, max: usize, peek: &mut dyn Peek, out: &mut Vec<Pfn>) -> Next;
+
+    /// The pages that stay pending although they are handed out: those that a policy in rounds has in its copy
+    /// of the hypervisor's log and will therefore send again in the next round, as Xen does.
+    fn log(&self) -> Option<&PageSet> {
+        None
+    }
+
+    /// Whether to stop now. Asked after every sample and at the end of a round.
+    fn stop(&mut self, view: &View) -> Option<StopReason>;
+
+    /// Pages out of `pending` that are held back now.
+    fn deferred(&self, pending: &PageSet) -> u64;
+
+    /// Bytes of state, the engine's own sets apart.
+    fn state_bytes(&self) -> usize;
+}
+
+/// The policies there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PolicyKind {
+    /// Xen 4.6 and later: full rounds, at most 5, stop below 50 dirty pages.
+    Xen,
+    /// Xen 4.2 to 4.5: skip pages that are dirty again, 29 rounds, 50 pages, three times the memory.
+    XenSkip,
+    /// Chen, Zhang and Zhang 2013: linear AR(1) on a page's intervals, a constant threshold.
+    Paper,
+    /// Rank by age, write count and activity of the 2 MiB chunk.
+    Heat,
+    /// Rank by an autoregressive forecast of the logarithm of the interval.
+    Ar,
+}
+
+impl PolicyKind {
+    /// Every policy, baselines first.
+    pub const ALL: [PolicyKind; 5] =
+        [PolicyKind::Xen, PolicyKind::XenSkip, PolicyKind::Paper, PolicyKind::Heat, PolicyKind::Ar];
+
+    /// The word for it on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            PolicyKind::Xen => "xen",
+            PolicyKind::XenSkip => "xen-skip",
+            PolicyKind::Paper => "paper",
+            PolicyKind::Heat => "heat",
+            PolicyKind::Ar => "ar",
+        }
+    }
+
+    pub(super) fn build(self, config: &Config) -> Box<dyn Policy> {
+        match self {
+            PolicyKind::Xen => Box::new(Xen::new(config.nr_pages)),
+            PolicyKind::XenSkip => Box::new(XenSkip::new(config.nr_pages)),
+            PolicyKind::Paper => Box::new(Paper::new(config.nr_pages)),
+            PolicyKind::Heat => Box::new(Ranked::<HeatPage>::new(*config)),
+            PolicyKind::Ar => Box::new(Ranked::<ArPage>::new(*config)),
+        }
+    }
+}
+
+impl fmt::Display for PolicyKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A name that is no policy's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no policy is called {0:?}; the policies are xen, xen-skip, paper, heat and ar")]
+pub struct ParsePolicyError(String);
+
+impl FromStr for PolicyKind {
+    type Err = ParsePolicyError;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        PolicyKind::ALL
+            .into_iter()
+            .find(|kind| kind.name() == name)
+            .ok_or_else(|| ParsePolicyError(name.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_read_back_and_the_error_lists_them_all() {
+        for kind in PolicyKind::ALL {
+            assert_eq!(kind.to_string().parse(), Ok(kind));
+        }
+        let error = "Heat".parse::<PolicyKind>().unwrap_err().to_string();
+        assert!(!error.contains('\n'));
+        for kind in PolicyKind::ALL {
+            assert!(error.contains(kind.name()), "{error}");
+        }
+    }
+}
