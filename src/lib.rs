@@ -12,4 +12,6 @@
 pub mod forecast;
 pub mod page;
 pub mod page_set;
+pub mod pipeline;
 pub mod stream;
+pub mod sys;
