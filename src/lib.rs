@@ -10,6 +10,7 @@
 #![warn(missing_docs)]
 
 pub mod forecast;
+pub mod guest;
 pub mod page;
 pub mod page_set;
 pub mod pipeline;
