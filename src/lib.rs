@@ -4,15 +4,30 @@
 //! Where to look:
 //!
 //! * [`page`], [`page_set`]: page numbers and sets of pages, the words everything shares.
-//! * [`forecast`]: the policies (`xen`, `xen-skip`, `paper`, `ar`), the state they keep, the stop rule and the
-//!   clairvoyant bound. Pure: no I/O, no threads, no unsafe.
+//! * [`guest`]: where pages come from: the traits, and the embedded guest (`arena`).
+//! * [`forecast`]: the policies (`xen`, `xen-skip`, `paper`, `heat`, `ar`), the state they keep, the stop rule and
+//!   the clairvoyant bound. Pure: no I/O, no threads, no unsafe.
+//! * [`pipeline`]: the source: control, and the pinned stages scanner, mapper and sender with their rings.
 //! * [`stream`]: the libxc migration stream, version 3: writer and strict reader. Pure.
+//! * [`transport`]: what two pagecasts say to each other around the stream.
+//! * [`destination`]: the receive side.
+//! * [`report`]: progress, tables, JSON lines.
+//! * [`sys`]: the home of unsafe code and raw kernel interfaces; elsewhere only the ring, the slot pool and the sender
+//!   have some.
+//! * [`cli`]: one file for each subcommand.
+//!
+//! Dependencies point one way: cli, then pipeline, destination and report, then guest, forecast, stream and
+//! transport, then sys.
 #![warn(missing_docs)]
 
+pub mod cli;
+pub mod destination;
 pub mod forecast;
 pub mod guest;
 pub mod page;
 pub mod page_set;
 pub mod pipeline;
+pub mod report;
 pub mod stream;
 pub mod sys;
+pub mod transport;

@@ -1,3 +1,5 @@
 //! The `pagecast` program.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    pagecast::cli::run()
+}

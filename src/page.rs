@@ -23,6 +23,12 @@ impl Pfn {
         (self.0 % CHUNK_PAGES as u64) as usize
     }
 
+    /// Which of `lanes` connections the page goes over for the whole migration: by its 2 MiB chunk, so that an older
+    /// copy of a page can never overtake a newer one.
+    pub fn lane(self, lanes: usize) -> usize {
+        self.chunk() % lanes
+    }
+
     /// The page's number as an index into an array that has an entry for each page.
     pub fn index(self) -> usize {
         self.0 as usize

@@ -15,9 +15,9 @@ use std::array;
 
 use loom::{sync::mpsc, thread};
 
-use super::ledger::{Ledger, Outcome, Posted, SendKind};
 use super::ring::{Consumer, PopError, Producer, PushError, ring};
 use super::sync::{Arc, UnsafeCell, yield_now};
+use crate::transport::ledger::{Ledger, Outcome, Posted, SendKind};
 
 const SLOTS: usize = 2;
 const BYTES: u32 = 1;

@@ -1,18 +1,31 @@
-//! The pipeline: what moves pages from the scanner to the wire, one pinned thread a stage and no lock between them.
+//! The source's pipeline: control, one scanner, and a mapper and a sender for each lane, joined by bounded rings.
 //!
-//! * [`ring`]: the bounded queue between two stages.
-//! * [`slots`]: the fixed pool of buffers that pages are copied into and sent from.
-//! * [`ledger`]: which of those buffers the kernel may still read.
-//! * [`pacer`]: when the next send may start under a bandwidth cap.
-//! * [`sync`]: what the ring takes from std, or from loom when it is being model-checked.
+//! ```text
+//!     control        phases, stop rule, display, abort
+//!        |
+//!     scanner  --batches of PFNs-->  mapper  --filled slots-->  sender  --> socket
+//!        |                             ^                          |
+//!        +-- reads the dirty log       +------- free slots -------+
+//! ```
+//!
+//! * [`ring`], [`slots`]: the lock-free core, model-checked with loom.
+//! * [`scanner`], [`mapper`], [`sender`]: the stages, each a thread that owns what it works on.
+//! * [`lanes`]: the threads, started and joined; [`control`]: one migration from first connection to hand-over.
 //!
 //! What always holds: a slot is in exactly one place (free ring, mapper, filled ring, ledger), because its handle
-//! cannot be copied; it goes back to the free ring only when no request covers it any more; and nothing here
-//! allocates once it has been made.
+//! cannot be copied; it goes back to the free ring only when no request covers it any more; and nothing on the way
+//! of a page allocates once the migration has begun.
 
-pub mod ledger;
-pub mod pacer;
+pub mod batch;
+pub mod control;
+pub mod lanes;
+pub mod mapper;
+pub mod outcome;
 pub mod ring;
+pub mod scanner;
+pub mod sender;
+pub mod settings;
+pub mod shared;
 pub mod slots;
 pub mod sync;
 

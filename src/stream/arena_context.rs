@@ -89,9 +89,10 @@ pub enum ArenaContextError {
 }
 
 impl ArenaContext {
-    /// The context of a guest of `nr_pages` pages, with the digests of all of them. `page` returns a page's bytes.
-    pub fn with_digests<'i>(nr_pages: u64, page: impl Fn(Pfn) -> &'i [u8]) -> Self {
-        let digests = (0..nr_pages).map(|pfn| page_digest(Pfn(pfn), page(Pfn(pfn)))).collect();
+    /// The context of a guest of `nr_pages` pages, with the digests of all of them. `digest` returns a page's
+    /// [`page_digest`].
+    pub fn with_digests(nr_pages: u64, digest: impl FnMut(Pfn) -> u64) -> Self {
+        let digests = (0..nr_pages).map(Pfn).map(digest).collect();
         ArenaContext { nr_pages, digests: Some(digests) }
     }
 
@@ -151,12 +152,12 @@ impl ArenaContext {
         Ok(ArenaContext { nr_pages, digests })
     }
 
-    /// Compares each page of an image with its digest; `None` if the source took no digests. `page` returns a
-    /// page's bytes.
-    pub fn mismatches<'i>(&self, page: impl Fn(Pfn) -> &'i [u8]) -> Option<Mismatches> {
+    /// Compares each page of an image with its digest; `None` if the source took no digests. `digest` returns a
+    /// page's [`page_digest`].
+    pub fn mismatches(&self, mut digest: impl FnMut(Pfn) -> u64) -> Option<Mismatches> {
         let mut found = Mismatches { count: 0, first: None };
-        for (pfn, digest) in (0..).map(Pfn).zip(self.digests.as_ref()?) {
-            if page_digest(pfn, page(pfn)) != *digest {
+        for (pfn, stated) in (0..).map(Pfn).zip(self.digests.as_ref()?) {
+            if digest(pfn) != *stated {
                 found.count += 1;
                 found.first.get_or_insert(pfn);
             }
@@ -256,14 +257,17 @@ mod tests {
     fn changed_and_swapped_pages_are_counted_and_the_first_is_named() {
         let mut image = vec![[0u8; PAGE_SIZE]; 5];
         image[3][0] = 3;
-        let context = ArenaContext::with_digests(5, |pfn| &image[pfn.index()]);
-        assert_eq!(context.mismatches(|pfn| &image[pfn.index()]), Some(Mismatches { count: 0, first: None }));
+        let context = ArenaContext::with_digests(5, |pfn| page_digest(pfn, &image[pfn.index()]));
+        assert_eq!(
+            context.mismatches(|pfn| page_digest(pfn, &image[pfn.index()])),
+            Some(Mismatches { count: 0, first: None })
+        );
         image.swap(2, 3);
         image[4][4095] = 1;
         assert_eq!(
-            context.mismatches(|pfn| &image[pfn.index()]),
+            context.mismatches(|pfn| page_digest(pfn, &image[pfn.index()])),
             Some(Mismatches { count: 3, first: Some(Pfn(2)) })
         );
-        assert_eq!(ArenaContext { digests: None, ..context }.mismatches(|_| &[]), None);
+        assert_eq!(ArenaContext { digests: None, ..context }.mismatches(|_| 0), None);
     }
 }

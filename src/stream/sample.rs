@@ -85,7 +85,9 @@ pub(super) fn small_stream() -> (Vec<(&'static str, Vec<u8>)>, Vec<u8>) {
     for (pfn, fill) in [(1, 1), (3, 3)] {
         image[pfn * PAGE_SIZE..][..PAGE_SIZE].fill(fill);
     }
-    let context = ArenaContext::with_digests(NR_PAGES, |pfn| &image[pfn.index() * PAGE_SIZE..][..PAGE_SIZE]);
+    let context = ArenaContext::with_digests(NR_PAGES, |pfn| {
+        page_digest(pfn, &image[pfn.index() * PAGE_SIZE..][..PAGE_SIZE])
+    });
     let mut slot = vec![0; HEADER_ROOM];
     let mut first_pass = PageRecord::new(&mut slot);
     first_pass.push_empty(Pfn(1), PageKind::Alloc);
@@ -124,7 +126,7 @@ pub(super) fn receive(input: impl Read) -> Result<Received, Box<dyn std::error::
         }
     }
     let context = context.ok_or("no context")?;
-    let found = context.mismatches(|pfn| &image[pfn.index() * PAGE_SIZE..][..PAGE_SIZE]);
+    let found = context.mismatches(|pfn| page_digest(pfn, &image[pfn.index() * PAGE_SIZE..][..PAGE_SIZE]));
     if context.nr_pages != NR_PAGES || found.ok_or("no digests")?.count != 0 {
         return Err("the image is not the source's".into());
     }

@@ -1,5 +1,31 @@
-//! What pagecast says to the kernel and the hypervisor directly: the home of unsafe code and of raw layouts. What
-//! is public here is safe to call.
-#![deny(unsafe_op_in_unsafe_fn)]
+//! The home of unsafe code and raw kernel interfaces. Elsewhere there is some only in the ring, in the slot pool, and in
+//! the sender, which vouches for what it hands to its ring.
+//!
+//! Everything here is a thin, safe-to-hold wrapper: what a call may do wrong is an error that says what to do.
 
+pub mod console;
+pub mod cpu;
+pub mod descriptors;
+pub mod guest_memory;
+pub mod memory_info;
+pub mod pagemap;
 pub mod slot_memory;
+pub mod socket;
+pub mod uring;
+pub mod userfaultfd;
+
+use std::io;
+
+/// Why dirty tracking is not to be had: the kernel, the rights, or a failing call.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackingError {
+    /// The running kernel lacks something.
+    #[error("the kernel does not allow dirty tracking: {0}")]
+    Kernel(String),
+    /// The kernel has it, this process may not.
+    #[error("the rights do not allow dirty tracking: {0}")]
+    Rights(String),
+    /// A call failed for another reason.
+    #[error("cannot {0}: {1}")]
+    Io(&'static str, #[source] io::Error),
+}

@@ -317,7 +317,7 @@ mod tests {
                 let memory = SlotMemory::new(HUGE_PAGE + 1).unwrap();
                 assert_eq!(memory.backing(), Backing::HugeTlb);
             }
-            pool => eprintln!("skipped: needs 8 free hugetlb pages of 2 MiB; the pool is {pool:?}"),
+            pool => eprintln!("SKIPPED: needs 8 free hugetlb pages of 2 MiB; the pool is {pool:?}"),
         }
     }
 

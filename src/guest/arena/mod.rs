@@ -31,19 +31,28 @@
 //! own at any moment in order to migrate it. What it reads while a page is being written is torn, and is sent
 //! again, because the page is then dirty.
 
+//!
+//! Around the machine: [`vcpu`], the thread that runs it; [`host`], the process that owns it and answers on its
+//! control socket ([`protocol`]); [`client`], that guest as a migrator sees it; [`handover`], the switch-over.
+
 mod check;
+pub mod client;
 mod cpu;
 mod fault;
+pub mod handover;
+pub mod host;
 mod layout;
 mod machine;
 mod owned;
 mod pacing;
 mod pattern;
+pub mod protocol;
 mod ram;
 mod rng;
 mod table;
 #[cfg(test)]
 mod tests;
+pub mod vcpu;
 mod workload;
 mod zipf;
 

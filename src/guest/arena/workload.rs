@@ -82,6 +82,14 @@ impl Workload {
         }
     }
 
+    /// Whether the rate is the same all the time.
+    pub fn is_steady(self) -> bool {
+        match self {
+            Self::Idle | Self::Kv | Self::Uniform | Self::Storm => true,
+            Self::Sweep | Self::Gc | Self::Phases => false,
+        }
+    }
+
     /// One line on what the workload does.
     pub fn describe(self) -> &'static str {
         match self {

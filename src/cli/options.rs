@@ -1,0 +1,173 @@
+//! Options that several subcommands share. They keep their names everywhere.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::units;
+use crate::forecast::PolicyKind;
+use crate::guest::arena::{Spec, Workload};
+use crate::page::PAGE_SIZE;
+use crate::pipeline::settings::{AtLimit, Pins, SendMode, Settings};
+use crate::sys::{cpu, memory_info};
+
+/// What kind of guest to start.
+#[derive(Args, Clone, Debug)]
+pub struct GuestOptions {
+    /// What the guest does: idle, kv, uniform, sweep, gc, phases or storm
+    #[arg(long, default_value = "kv")]
+    pub workload: Workload,
+    /// Chooses contents and order of the writes: the same seed, the same guest
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// The guest's memory
+    #[arg(long, default_value = "512MiB", value_parser = units::size)]
+    pub memory: u64,
+    /// Page writes per second; 0: as fast as they go [default: the workload's own]
+    #[arg(long)]
+    pub rate: Option<u32>,
+    /// Share of the guest's memory that is zero pages, in percent
+    #[arg(long, default_value_t = 25, value_parser = clap::value_parser!(u8).range(0..=90))]
+    pub zero_share: u8,
+}
+
+impl GuestOptions {
+    /// As the guest wants it.
+    pub fn spec(&self) -> Spec {
+        Spec {
+            workload: self.workload,
+            seed: self.seed,
+            rate: self.rate,
+            zero_share_percent: self.zero_share,
+        }
+    }
+
+    /// Pages of memory.
+    pub fn nr_pages(&self) -> Result<u64, String> {
+        let pages = self.memory / PAGE_SIZE as u64;
+        let enough = 4 << 20;
+        if self.memory < enough || !self.memory.is_multiple_of(PAGE_SIZE as u64) {
+            return Err("--memory is to be a whole number of 4 KiB pages, 4MiB at least".to_owned());
+        }
+        let available = memory_info::available_bytes().unwrap_or(u64::MAX);
+        if self.memory > available {
+            let mib = available >> 20;
+            return Err(format!("--memory is more than the {mib} MiB that this machine has to spare"));
+        }
+        Ok(pages)
+    }
+
+    /// As arguments for another process.
+    pub fn to_args(&self) -> Vec<String> {
+        let mut args = vec![
+            format!("--workload={}", self.workload),
+            format!("--seed={}", self.seed),
+            format!("--memory={}", self.memory),
+            format!("--zero-share={}", self.zero_share),
+        ];
+        args.extend(self.rate.map(|rate| format!("--rate={rate}")));
+        args
+    }
+}
+
+/// How to migrate.
+#[derive(Args, Clone, Debug)]
+pub struct MigrationOptions {
+    /// The most to send: 2.5Gbit, 300MB, none
+    #[arg(long, default_value = "none", value_parser = parse_rate)]
+    pub bandwidth: Rate,
+    /// How long the guest may stand still
+    #[arg(long, default_value = "300ms", value_parser = units::time)]
+    pub budget: Duration,
+    /// How long the guest may be migrated live
+    #[arg(long, default_value = "60s", value_parser = units::time)]
+    pub max_time: Duration,
+    /// What to do then: stop (suspend and send the rest) or abort (the guest stays)
+    #[arg(long, default_value = "stop")]
+    pub at_limit: AtLimit,
+    /// Connections, each with a mapper and a sender
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub lanes: u16,
+    /// How pages get onto the wire: direct, staged, copy or auto
+    #[arg(long, default_value = "auto")]
+    pub send: SendMode,
+    /// Cores for the stages, such as map=0,scan=0,send=1 [default: by the number of cores]
+    #[arg(long)]
+    pub pin: Option<String>,
+    /// Time between two samples of the dirty log
+    #[arg(long, default_value = "50ms", value_parser = units::time)]
+    pub sample: Duration,
+    /// Slots of 260 KiB for each lane
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(4..=4096))]
+    pub slots: u16,
+    /// Idle stages burn their cores instead of sleeping
+    #[arg(long)]
+    pub spin: bool,
+}
+
+/// A rate, or none.
+#[derive(Clone, Copy, Debug)]
+pub struct Rate(pub Option<u64>);
+
+fn parse_rate(text: &str) -> Result<Rate, String> {
+    units::rate(text).map(Rate)
+}
+
+impl MigrationOptions {
+    /// As the pipeline wants it.
+    pub fn settings(&self, policy: PolicyKind, verify: bool) -> Result<Settings, String> {
+        let cores =
+            cpu::allowed_cores().map_err(|error| format!("cannot tell which cores there are: {error}"))?;
+        if cores.is_empty() {
+            return Err("this process may use no core at all".to_owned());
+        }
+        if self.sample < Duration::from_millis(1) || self.sample > Duration::from_secs(10) {
+            return Err("--sample is to be from 1ms to 10s".to_owned());
+        }
+        if self.budget < Duration::from_millis(1) {
+            return Err(
+                "--budget is to be 1ms at least; a guest cannot move without standing still".to_owned()
+            );
+        }
+        if self.max_time.is_zero() {
+            return Err("--max-time is to be more than nothing".to_owned());
+        }
+        let lanes = usize::from(self.lanes);
+        let default = Pins::among(&cores, lanes);
+        let pins = match &self.pin {
+            Some(text) => Pins::parse(text, &default, &cores).map_err(|error| format!("--pin: {error}"))?,
+            None => default,
+        };
+        Ok(Settings {
+            policy,
+            downtime_budget: self.budget,
+            max_time: self.max_time,
+            at_limit: self.at_limit,
+            sample_interval: self.sample,
+            bandwidth: self.bandwidth.0,
+            send: self.send,
+            lanes,
+            pins,
+            spin: self.spin,
+            slots: usize::from(self.slots),
+            verify,
+        })
+    }
+}
+
+/// How to show what happens.
+#[derive(Args, Clone, Debug)]
+pub struct OutputOptions {
+    /// JSON lines on standard output instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A guest's control socket.
+#[derive(Args, Clone, Debug)]
+pub struct SocketOption {
+    /// The guest's control socket
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+}

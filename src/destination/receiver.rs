@@ -1,0 +1,322 @@
+//! One migration, from the first connection to the hand-over, as the destination sees it.
+
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::time::Timespec;
+
+use super::ReceiveError;
+use super::incoming::Incoming;
+use super::lane::{Capture, Delivered, Input, LaneReader};
+use crate::page::PAGE_SIZE;
+use crate::page_set::PageSet;
+use crate::stream::arena_context::{ArenaContext, Mismatches, page_digest};
+use crate::sys::guest_memory::GuestMemory;
+use crate::sys::{cpu, socket};
+use crate::transport::session::{self, Message};
+
+/// How long a connection may take to say what it wants.
+const GREETING: Duration = Duration::from_secs(10);
+
+/// How long a migration's further lanes may take to come.
+const JOINING: Duration = Duration::from_secs(30);
+
+/// How long the source may take to read why it was refused.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// The most lanes that a migration may have.
+pub const MAX_LANES: u16 = 64;
+
+/// How to receive.
+pub struct Reception {
+    /// Where to listen, `HOST:PORT`.
+    pub listen: String,
+    /// The most guest memory to accept, in bytes.
+    pub max_memory: u64,
+    /// The control socket of the guest that will run here.
+    pub guest_socket: PathBuf,
+    /// A file for the stream as it was received.
+    pub capture: Option<PathBuf>,
+    /// The guest ends when this process does.
+    pub die_with_parent: bool,
+}
+
+/// A migration that was received.
+#[derive(Clone, Copy, Debug)]
+pub struct Received {
+    /// Page entries received.
+    pub entries: u64,
+    /// Pages compared with the source's digests.
+    pub verified: u64,
+    /// Whether the guest runs here; if not, the source kept it after all.
+    pub running: bool,
+}
+
+/// A listening receiver.
+pub struct Receiver {
+    settings: Reception,
+    listener: TcpListener,
+}
+
+struct Introduced {
+    connection: TcpStream,
+    migration: String,
+    nr_pages: u64,
+    lanes: u16,
+    lane: u16,
+}
+
+impl Receiver {
+    /// Begins to listen.
+    pub fn listen(settings: Reception) -> Result<Self, ReceiveError> {
+        let listener = TcpListener::bind(&settings.listen)
+            .map_err(|source| ReceiveError::Listen { address: settings.listen.clone(), source })?;
+        Ok(Receiver { settings, listener })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> Result<SocketAddr, ReceiveError> {
+        let failed = |source| ReceiveError::Listen { address: self.settings.listen.clone(), source };
+        self.listener.local_addr().map_err(failed)
+    }
+
+    /// Receives one migration. Returns when it is settled who runs the guest, with the guest's process if it runs here.
+    pub fn receive(self) -> Result<(Received, Option<Incoming>), ReceiveError> {
+        let first = self.introduce_first()?;
+        let result = self.receive_from(&first);
+        if let Err(error) = &result {
+            refuse(&first.connection, error);
+        }
+        result
+    }
+
+    /// Waits for the connection that opens a migration. One that opens with anything else ends this receiver: nothing
+    /// has begun that could be lost.
+    fn introduce_first(&self) -> Result<Introduced, ReceiveError> {
+        loop {
+            let (connection, _) =
+                self.listener.accept().map_err(|error| ReceiveError::Hello(error.to_string()))?;
+            match introduce(connection) {
+                Ok(Some(introduced)) => return Ok(introduced),
+                Ok(None) => {}
+                Err((connection, error)) => {
+                    connection.iter().for_each(|connection| refuse(connection, &error));
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// Waits for a further lane of a migration that has been opened; strangers are sent away.
+    fn introduce_lane(&self, first: &Introduced, lane: u16) -> Result<Introduced, ReceiveError> {
+        let gone = |what: &str| ReceiveError::Hello(format!("lane {lane} never came: {what}"));
+        let since = Instant::now();
+        loop {
+            let left = JOINING.saturating_sub(since.elapsed());
+            let timeout = Timespec::try_from(left).map_err(|error| gone(&error.to_string()))?;
+            let mut events = [
+                PollFd::new(&self.listener, PollFlags::IN),
+                PollFd::new(&first.connection, PollFlags::RDHUP),
+            ];
+            match poll(&mut events, Some(&timeout)) {
+                Ok(0) => return Err(gone("the source took too long")),
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => return Err(gone(&error.to_string())),
+                Ok(_) if !events[1].revents().is_empty() => return Err(gone("the source is gone")),
+                Ok(_) => {}
+            }
+            let Ok((connection, _)) = self.listener.accept() else { continue };
+            let stranger = ReceiveError::Hello("another migration is under way here".to_owned());
+            match introduce(connection) {
+                Ok(Some(other)) if (&other.migration, other.lane) == (&first.migration, lane) => {
+                    return Ok(other);
+                }
+                Ok(Some(other)) => refuse(&other.connection, &stranger),
+                Err((Some(connection), error)) => refuse(&connection, &error),
+                Ok(None) | Err((None, _)) => {}
+            }
+        }
+    }
+
+    fn receive_from(&self, first: &Introduced) -> Result<(Received, Option<Incoming>), ReceiveError> {
+        self.check(first)?;
+        let capture = self.settings.capture.as_deref().map(Capture::create).transpose()?;
+        let memory = GuestMemory::create(first.nr_pages)
+            .map_err(|error| ReceiveError::Prepare(format!("no memory: {error}")))?;
+        // Fresh memory costs microseconds a page at its first touch: better now than while the stream comes in.
+        memory.populate().map_err(|error| ReceiveError::Prepare(format!("no memory: {error}")))?;
+        let guest = Incoming::start(&memory, &self.settings.guest_socket, self.settings.die_with_parent)?;
+        guest.mapped()?;
+        welcome(&first.connection)?;
+        let mut others = Vec::new();
+        for lane in 1..first.lanes {
+            let other = self.introduce_lane(first, lane)?;
+            welcome(&other.connection)?;
+            others.push(other);
+        }
+
+        let cpu_before = cpu::process_cpu_time();
+        let delivered = self.read_lanes(first, &others, &memory, capture)?;
+        let receive_cpu = cpu::process_cpu_time().saturating_sub(cpu_before);
+        let verifying = Instant::now();
+        let verified = accept(&delivered, &memory)?;
+        let entries = delivered.iter().map(|lane| lane.entries).sum();
+        let ready = Message::Ready {
+            pages: entries,
+            cpu_ns: receive_cpu.as_nanos() as u64,
+            verified,
+            verify_ns: if verified > 0 { verifying.elapsed().as_nanos() as u64 } else { 0 },
+        };
+        let running = guest.arm(&first.migration, ready, &first.connection, &self.listener)?;
+        Ok((Received { entries, verified, running }, running.then_some(guest)))
+    }
+
+    fn check(&self, first: &Introduced) -> Result<(), ReceiveError> {
+        let bytes = first.nr_pages.saturating_mul(PAGE_SIZE as u64);
+        if bytes > self.settings.max_memory {
+            let mib = |bytes: u64| bytes >> 20;
+            return Err(ReceiveError::TooLarge {
+                guest_mib: mib(bytes),
+                limit_mib: mib(self.settings.max_memory),
+            });
+        }
+        if first.nr_pages == 0 || first.lane != 0 || first.lanes == 0 || first.lanes > MAX_LANES {
+            return Err(ReceiveError::Hello(format!(
+                "{} pages over {} lanes, beginning with lane {}",
+                first.nr_pages, first.lanes, first.lane
+            )));
+        }
+        if first.lanes > 1 && self.settings.capture.is_some() {
+            return Err(ReceiveError::Hello(
+                "a stream is captured from one lane; send with --lanes 1".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    fn read_lanes(
+        &self,
+        first: &Introduced,
+        others: &[Introduced],
+        memory: &GuestMemory,
+        mut capture: Option<Capture>,
+    ) -> Result<Vec<Delivered>, ReceiveError> {
+        let mut writer =
+            memory.writer().ok_or_else(|| ReceiveError::Prepare("the memory is in use".to_owned()))?;
+        let (results_in, results) = channel();
+        std::thread::scope(|scope| {
+            let lanes = std::iter::once(first).chain(others);
+            for (lane, memory) in lanes.zip(writer.by_lane(usize::from(first.lanes))) {
+                let (results, capture) = (results_in.clone(), capture.take());
+                scope.spawn(move || {
+                    let result = lane
+                        .connection
+                        .try_clone()
+                        .map_err(|error| ReceiveError::Prepare(error.to_string()))
+                        .map(|connection| Input::new(connection, capture))
+                        .and_then(|input| LaneReader { memory, lane: lane.lane }.read(input));
+                    let _ = results.send((lane.lane, result));
+                });
+            }
+            drop(results_in);
+            let mut delivered = Vec::new();
+            // In the order in which they end: the first lane that fails knows why, the others fail because of it.
+            for (lane, result) in results {
+                match result {
+                    Ok(pages) => delivered.push((lane, pages)),
+                    Err(error) => {
+                        // The others would wait for pages that never come.
+                        others.iter().for_each(|other| drop(other.connection.shutdown(Shutdown::Both)));
+                        let _ = first.connection.shutdown(Shutdown::Read);
+                        return Err(error);
+                    }
+                }
+            }
+            delivered.sort_by_key(|(lane, _)| *lane);
+            Ok(delivered.into_iter().map(|(_, pages)| pages).collect())
+        })
+    }
+}
+
+/// Has a connection say what it wants. None: it asked after a migration that nothing is known of here, and was told so.
+/// On an error the connection, if it still stands, is there to be told.
+fn introduce(connection: TcpStream) -> Result<Option<Introduced>, (Option<TcpStream>, ReceiveError)> {
+    let hello = |error: &dyn std::fmt::Display| ReceiveError::Hello(error.to_string());
+    let prepared = connection
+        .set_nodelay(true)
+        .and_then(|()| socket::watch_for_death(&connection))
+        .and_then(|()| connection.set_read_timeout(Some(GREETING)));
+    if let Err(error) = prepared {
+        return Err((None, hello(&error)));
+    }
+    let refused = match session::receive(&connection) {
+        Ok(Message::Hello { version: session::VERSION, migration, nr_pages, lanes, lane }) => {
+            // From here on a dead source is noticed by the kernel; a lane may well be silent for long.
+            return match connection.set_read_timeout(None) {
+                Ok(()) => Ok(Some(Introduced { connection, migration, nr_pages, lanes, lane })),
+                Err(error) => Err((None, hello(&error))),
+            };
+        }
+        Ok(Message::Hello { version, .. }) => {
+            hello(&format!("the source speaks version {version}, this is {}", session::VERSION))
+        }
+        Ok(Message::Resolve { .. }) => {
+            let _ = session::send(&connection, &Message::Unknown);
+            return Ok(None);
+        }
+        Ok(other) => hello(&format!("it began with {other:?}")),
+        Err(error) => hello(&error),
+    };
+    Err((Some(connection), refused))
+}
+
+fn welcome(connection: &TcpStream) -> Result<(), ReceiveError> {
+    session::send(connection, &Message::Welcome { version: session::VERSION })
+        .map_err(|error| ReceiveError::Hello(format!("the source is gone: {error}")))
+}
+
+/// Whether what came is a whole guest. Returns the number of pages compared with the source's digests.
+fn accept(delivered: &[Delivered], memory: &GuestMemory) -> Result<u64, ReceiveError> {
+    let refused = |reason: String| ReceiveError::Content { lane: 0, reason };
+    let mut received = PageSet::empty(memory.nr_pages());
+    for lane in delivered {
+        received.union(&lane.received);
+    }
+    if received.len() < memory.nr_pages() {
+        let missing = memory.nr_pages() - received.len();
+        return Err(refused(format!("{missing} pages of the guest never came")));
+    }
+    let first = &delivered[0];
+    let body =
+        first.context.as_deref().ok_or_else(|| refused("the guest's context never came".to_owned()))?;
+    let context = ArenaContext::decode(body, &first.domain, memory.nr_pages())
+        .map_err(|error| refused(error.to_string()))?;
+    if context.nr_pages != memory.nr_pages() {
+        return Err(refused(format!("the context is of a guest with {} pages", context.nr_pages)));
+    }
+    match context.mismatches(|pfn| memory.with_page(pfn, |page| page_digest(pfn, page))) {
+        None => Ok(0),
+        Some(Mismatches { first: None, .. }) => Ok(context.nr_pages),
+        Some(Mismatches { first: Some(pfn), count }) => {
+            Err(refused(format!("{count} pages differ from the source's, the first is {pfn}")))
+        }
+    }
+}
+
+/// Tells the source why, and gives it time to read that before the connection closes under what it still sends.
+fn refuse(connection: &TcpStream, error: &ReceiveError) {
+    let told = session::send(connection, &Message::Aborted { reason: error.to_string() })
+        .and_then(|()| connection.shutdown(Shutdown::Write))
+        .and_then(|()| connection.set_read_timeout(Some(FAREWELL)));
+    let since = Instant::now();
+    let mut scratch = vec![0u8; 64 * 1024];
+    while told.is_ok() && since.elapsed() < FAREWELL {
+        match std::io::Read::read(&mut &*connection, &mut scratch) {
+            Ok(0) | Err(_) => break,
+            Ok(_) => {}
+        }
+    }
+}

@@ -1,0 +1,426 @@
+//! The scanner: owns the dirty log and the forecast, and hands out the pages to send.
+//!
+//! It samples the log at a fixed cadence (and when a policy's round ends), and in between keeps the mappers' rings
+//! fed with what the policy ranks highest, never further ahead than the link carries in 20 ms: what has been
+//! handed out can no longer be held back, and has to be waited for at the stop.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::time::{Duration, Instant};
+
+use super::batch::{BATCH_PAGES, Batch};
+use super::ring::{Consumer, Producer, PushError};
+use super::shared::Shared;
+use crate::forecast::{Engine, Link, Next, Peek, Sample, StopReason, Verdict};
+use crate::guest::{DirtyLog, GuestError};
+use crate::page::{PAGE_SIZE, Pfn};
+use crate::page_set::PageSet;
+use crate::sys::cpu;
+use std::sync::atomic::Ordering;
+
+/// How far ahead of the wire the scanner hands pages out.
+const WINDOW: Duration = Duration::from_millis(20);
+
+/// Bytes on the wire for a page with data: itself, its entry, and its share of the record's header.
+pub const WIRE_BYTES_PER_PAGE: f64 = PAGE_SIZE as f64 + 8.0 + 16.0 / BATCH_PAGES as f64;
+
+/// A guess at an unlimited link's speed, until it has been measured: 1 GB/s.
+const FIRST_GUESS_PAGES_PER_S: f64 = 1e9 / WIRE_BYTES_PER_PAGE;
+
+/// What control tells the scanner.
+pub enum Order {
+    /// The guest is suspended: take the last sample, hand out all that is left, and end.
+    Final,
+}
+
+/// What the scanner tells control.
+#[derive(Debug)]
+pub enum Event {
+    /// The policy wants to stop and copy.
+    Stop(StopReason),
+    /// The last sample is taken; so many pages are left to send.
+    FinalSet {
+        /// Pages in the final set.
+        pages: u64,
+    },
+    /// The dirty log failed.
+    Failed(GuestError),
+}
+
+/// What the scanner leaves behind.
+pub struct ScannerReport {
+    /// The forecast, with its working set.
+    pub engine: Engine,
+    /// Get-and-clears of the log.
+    pub samples: u64,
+    /// Time they took in all.
+    pub sampling: Duration,
+    /// The most pages that the forecast held back at a time.
+    pub most_deferred: u64,
+    /// CPU time of the thread.
+    pub cpu: Duration,
+    /// The link as last known.
+    pub pages_per_s: f64,
+}
+
+/// How the scanner is to work.
+#[derive(Clone, Copy)]
+pub struct Cadence {
+    /// Time between two samples.
+    pub sample_interval: Duration,
+    /// The cap on what is sent, in bytes per second.
+    pub bandwidth: Option<u64>,
+}
+
+/// What joins the scanner to the other threads.
+pub struct Links {
+    /// To each lane's mapper.
+    pub lanes: Vec<Producer<Batch>>,
+    /// From each lane's mapper: pages that turned out to be zero.
+    pub zero_notes: Vec<Consumer<Batch>>,
+    /// From control.
+    pub orders: Receiver<Order>,
+    /// To control.
+    pub events: Sender<Event>,
+}
+
+/// The scanner's state.
+pub struct Scanner {
+    log: Box<dyn DirtyLog>,
+    engine: Engine,
+    lanes: Vec<Producer<Batch>>,
+    zero_notes: Vec<Consumer<Batch>>,
+    shared: Arc<Shared>,
+    orders: Receiver<Order>,
+    events: Sender<Event>,
+    cadence: Cadence,
+    started: Instant,
+    dirty: PageSet,
+    chosen: Vec<Pfn>,
+    handed_out: u64,
+    rate: LinkRate,
+    next_sample: Duration,
+    last_sample: Duration,
+    samples: u64,
+    sampling: Duration,
+    most_deferred: u64,
+}
+
+/// What one attempt to hand out pages came to.
+enum Fed {
+    Pages,
+    /// As much is on its way as the link carries in [`WINDOW`].
+    WindowFull,
+    /// A mapper is behind.
+    RingFull,
+    RoundEnd,
+    Nothing,
+}
+
+impl Scanner {
+    /// A scanner whose dirty log was armed at `started`.
+    pub fn new(
+        log: Box<dyn DirtyLog>,
+        engine: Engine,
+        links: Links,
+        shared: Arc<Shared>,
+        cadence: Cadence,
+        started: Instant,
+    ) -> Self {
+        let nr_pages = engine.pending().nr_pages();
+        let Links { lanes, zero_notes, orders, events } = links;
+        let rate = LinkRate::new(cadence.bandwidth);
+        let all = Link { pages_per_s: rate.pages_per_s(), in_flight: 0, sent: 0 };
+        let downtime_us = engine.forecast_downtime(&all).as_micros() as u64;
+        shared.status.pending.store(nr_pages, Ordering::Relaxed);
+        shared.status.forecast_downtime_us.store(downtime_us, Ordering::Relaxed);
+        Scanner {
+            log,
+            engine,
+            lanes,
+            zero_notes,
+            shared,
+            orders,
+            events,
+            cadence,
+            started,
+            dirty: PageSet::empty(nr_pages),
+            chosen: Vec::with_capacity(BATCH_PAGES),
+            handed_out: 0,
+            rate,
+            next_sample: cadence.sample_interval,
+            last_sample: Duration::ZERO,
+            samples: 0,
+            sampling: Duration::ZERO,
+            most_deferred: 0,
+        }
+    }
+
+    /// Runs until the final set is handed out or the migration is aborted.
+    pub fn run(mut self) -> ScannerReport {
+        if let Err(error) = self.work() {
+            self.shared.abort();
+            let _ = self.events.send(Event::Failed(error));
+        }
+        ScannerReport {
+            engine: self.engine,
+            samples: self.samples,
+            sampling: self.sampling,
+            most_deferred: self.most_deferred,
+            cpu: cpu::thread_cpu_time(),
+            pages_per_s: self.rate.pages_per_s(),
+        }
+    }
+
+    fn work(&mut self) -> Result<(), GuestError> {
+        let mut round_over = false;
+        let mut stopping = false;
+        let mut idle = self.shared.idle();
+        while !self.shared.is_aborted() {
+            match self.orders.try_recv() {
+                Ok(Order::Final) => return self.finish(),
+                Err(TryRecvError::Disconnected) => return Ok(()),
+                Err(TryRecvError::Empty) => {}
+            }
+            if stopping {
+                idle.wait(Duration::from_micros(50));
+                continue;
+            }
+            let now = self.started.elapsed();
+            // A round's last sample is taken when all of the round is sent, and none in between.
+            let due = if round_over { self.in_flight() == 0 } else { now >= self.next_sample };
+            if due {
+                self.sample()?;
+                round_over = false;
+                if let Verdict::Stop(reason) = self.engine.verdict(self.started.elapsed(), &self.link()) {
+                    let _ = self.events.send(Event::Stop(reason));
+                    // Until the guest stands still nothing more is handed out, which says nothing about the link.
+                    self.rate.note_idle();
+                    stopping = true;
+                    continue;
+                }
+            }
+            match self.feed(now)? {
+                Fed::Pages => {
+                    idle.worked();
+                    continue;
+                }
+                Fed::WindowFull => {
+                    // Far more than this is on its way; a few long naps cost less than many short ones.
+                    idle.sleep((WINDOW / 8).min(self.next_sample.saturating_sub(now)));
+                    continue;
+                }
+                Fed::RingFull => {}
+                Fed::RoundEnd => {
+                    round_over = true;
+                    self.rate.note_idle();
+                    idle.wait(Duration::MAX);
+                    continue;
+                }
+                Fed::Nothing => self.rate.note_idle(),
+            }
+            idle.wait(self.next_sample.saturating_sub(self.started.elapsed()));
+        }
+        Ok(())
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.handed_out.saturating_sub(self.shared.entries_sent())
+    }
+
+    fn link(&self) -> Link {
+        Link {
+            pages_per_s: self.rate.pages_per_s(),
+            in_flight: self.in_flight(),
+            sent: self.shared.data_pages_sent(),
+        }
+    }
+
+    /// Tells the forecast of pages that cost the link nothing.
+    fn note_zero_pages(&mut self) {
+        for lane in &mut self.zero_notes {
+            while let Ok(batch) = lane.pop() {
+                for pfn in batch.pages() {
+                    self.engine.note_zero(*pfn);
+                }
+            }
+        }
+    }
+
+    /// One get-and-clear of the log, and what follows from it.
+    fn sample(&mut self) -> Result<(), GuestError> {
+        self.dirty.clear();
+        // The time before the scan: what is written during the scan may belong to this sample or to the next.
+        let at = self.started.elapsed();
+        self.log.get_and_clear(&mut self.dirty)?;
+        self.sampling += self.started.elapsed() - at;
+        self.samples += 1;
+        self.engine.on_sample(&Sample { at, dirty: &self.dirty });
+        let interval = at.saturating_sub(self.last_sample);
+        self.rate.sample(self.shared.data_pages_sent(), interval);
+        self.publish(interval);
+        self.last_sample = at;
+        self.next_sample = at + self.cadence.sample_interval;
+        Ok(())
+    }
+
+    fn publish(&self, interval: Duration) {
+        let status = &self.shared.status;
+        let rate = self.dirty.len() as f64 / interval.as_secs_f64().max(1e-6);
+        let downtime = self.engine.forecast_downtime(&self.link());
+        status.pending.store(self.engine.pending().len(), Ordering::Relaxed);
+        status.dirty_pages_per_s.store(rate as u64, Ordering::Relaxed);
+        status.forecast_downtime_us.store(downtime.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// Hands out at most one batch.
+    fn feed(&mut self, now: Duration) -> Result<Fed, GuestError> {
+        let window = (self.rate.pages_per_s() * WINDOW.as_secs_f64()) as u64;
+        let max = (self.rate.pages_per_s() * WINDOW.as_secs_f64() / 4.0) as usize;
+        let in_flight = self.in_flight();
+        if in_flight > window {
+            return Ok(Fed::WindowFull);
+        }
+        if self.lanes.iter().any(Producer::is_closed) {
+            // The mapper is gone, and says why itself.
+            self.shared.abort();
+            return Ok(Fed::Nothing);
+        }
+        if self.lanes.iter().any(|lane| lane.free() == 0) {
+            return Ok(Fed::RingFull);
+        }
+        self.note_zero_pages();
+        self.chosen.clear();
+        let link = self.link();
+        let mut peek = LogPeek { log: self.log.as_mut(), failed: None };
+        let next = self.engine.next_batch(now, max.clamp(1, BATCH_PAGES), &link, &mut peek, &mut self.chosen);
+        if let Some(error) = peek.failed {
+            return Err(error);
+        }
+        let deferred = self.engine.deferred();
+        self.shared.status.deferred.store(deferred, Ordering::Relaxed);
+        self.most_deferred = self.most_deferred.max(deferred);
+        match next {
+            Next::Batch => {
+                // A record names its pages in ascending order; within a batch the order is of no other use.
+                self.chosen.sort_unstable();
+                self.hand_out_chosen();
+                Ok(Fed::Pages)
+            }
+            Next::RoundEnd => Ok(Fed::RoundEnd),
+            Next::Idle => Ok(Fed::Nothing),
+        }
+    }
+
+    /// Deals the chosen pages to the lanes, at most one batch to each. Room was checked before.
+    fn hand_out_chosen(&mut self) {
+        let nr_lanes = self.lanes.len();
+        for (index, lane) in self.lanes.iter_mut().enumerate() {
+            let mut batch = Batch::new();
+            for pfn in self.chosen.iter().filter(|pfn| pfn.lane(nr_lanes) == index) {
+                batch.push(*pfn);
+            }
+            if batch.is_empty() {
+                continue;
+            }
+            self.handed_out += batch.pages().len() as u64;
+            if lane.push(batch).is_err() {
+                self.shared.abort();
+            }
+        }
+    }
+
+    /// The guest is suspended: dirty, pending and never sent are all that is left; nothing is added any more.
+    fn finish(&mut self) -> Result<(), GuestError> {
+        self.sample()?;
+        let last = self.engine.take_pending();
+        let _ = self.events.send(Event::FinalSet { pages: last.len() });
+        let nr_lanes = self.lanes.len();
+        let mut open = vec![Batch::new(); nr_lanes];
+        for pfn in last.iter() {
+            let lane = pfn.lane(nr_lanes);
+            open[lane].push(pfn);
+            if open[lane].is_full() && !self.push_patiently(lane, std::mem::take(&mut open[lane])) {
+                return Ok(());
+            }
+        }
+        for (lane, batch) in open.into_iter().enumerate() {
+            if !batch.is_empty() && !self.push_patiently(lane, batch) {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Pushes a batch when there is room; false if the migration is aborted meanwhile.
+    fn push_patiently(&mut self, lane: usize, mut batch: Batch) -> bool {
+        self.handed_out += batch.pages().len() as u64;
+        let mut idle = self.shared.idle();
+        loop {
+            match self.lanes[lane].push(batch) {
+                Ok(()) => return true,
+                Err(PushError::Closed(_)) => {
+                    self.shared.abort();
+                    return false;
+                }
+                Err(PushError::Full(back)) => batch = back,
+            }
+            if self.shared.is_aborted() {
+                return false;
+            }
+            idle.wait(Duration::MAX);
+        }
+    }
+}
+
+struct LogPeek<'a> {
+    log: &'a mut dyn DirtyLog,
+    failed: Option<GuestError>,
+}
+
+impl Peek for LogPeek<'_> {
+    fn peek(&mut self, first: Pfn, count: u64, into: &mut PageSet) {
+        if let Err(error) = self.log.peek(first.0..first.0 + count, into) {
+            self.failed = Some(error);
+        }
+    }
+}
+
+/// The speed of the link in pages: the cap, or less where less was measured while there was always work.
+struct LinkRate {
+    cap: Option<f64>,
+    measured: Option<f64>,
+    sent_before: u64,
+    was_idle: bool,
+}
+
+impl LinkRate {
+    fn new(bandwidth: Option<u64>) -> Self {
+        let cap = bandwidth.map(|bytes_per_s| bytes_per_s as f64 / WIRE_BYTES_PER_PAGE);
+        LinkRate { cap, measured: None, sent_before: 0, was_idle: false }
+    }
+
+    fn note_idle(&mut self) {
+        self.was_idle = true;
+    }
+
+    /// Takes what was sent since the last sample, `interval` ago, into account.
+    fn sample(&mut self, data_pages_sent: u64, interval: Duration) {
+        let sent = data_pages_sent - self.sent_before;
+        self.sent_before = data_pages_sent;
+        // An interval with nothing to send, or too short to say, tells nothing about the link.
+        if !std::mem::take(&mut self.was_idle) && interval >= Duration::from_millis(5) && sent > 0 {
+            let now = sent as f64 / interval.as_secs_f64();
+            self.measured = Some(self.measured.map_or(now, |before| before + 0.3 * (now - before)));
+        }
+    }
+
+    fn pages_per_s(&self) -> f64 {
+        match (self.cap, self.measured) {
+            (Some(cap), Some(measured)) => cap.min(measured),
+            (Some(cap), None) => cap,
+            (None, Some(measured)) => measured,
+            (None, None) => FIRST_GUESS_PAGES_PER_S,
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! JSON lines: `{"event":"progress",…}` while a migration runs, `{"event":"report",…}` when one is done.
+
+use serde_json::{Value, json};
+
+use super::{Report, ms, per_gb};
+use crate::pipeline::outcome::Progress;
+
+/// One progress line.
+pub fn progress(progress: &Progress) -> Value {
+    json!({
+        "event": "progress",
+        "phase": progress.phase,
+        "elapsed_ms": ms(progress.elapsed),
+        "pages_sent": progress.pages_sent,
+        "bytes_sent": progress.bytes_sent,
+        "pages_pending": progress.pending,
+        "pages_deferred": progress.deferred,
+        "dirty_pages_per_s": progress.dirty_pages_per_s,
+        "forecast_downtime_ms": ms(progress.forecast_downtime),
+    })
+}
+
+/// The line of a migration that was not done; where the guest is by now is part of `message`.
+pub fn failed(message: &str) -> Value {
+    json!({ "event": "failed", "message": message })
+}
+
+/// The line of a finished migration. Times are milliseconds, `pages_*` are pages of 4 KiB, `bytes_*` bytes.
+pub fn report(report: &Report) -> Value {
+    let m = &report.migration;
+    let by = &m.by_send;
+    let mut line = json!({
+        "event": "report",
+        "policy": report.policy.to_string(),
+        "workload": report.workload,
+        "seed": report.seed,
+        "tmt_ms": ms(m.total),
+        "downtime_ms": ms(m.downtime.total()),
+        "downtime_budget_ms": report.budget_ms,
+        "t_star_ms": m.t_star.map(|bound| ms(bound.total)),
+        "tmt_over_t_star": report.over_t_star(),
+        "prepare_ms": ms(m.prepare),
+        "pages": m.pages,
+        "pages_sent": m.transmissions,
+        "rho": m.rho(),
+        "pages_wasted": m.wasted(),
+        "pages_zero": m.zero_pages,
+        "pages_final": m.final_pages,
+        "pages_deferred_most": m.most_deferred,
+        "bytes_sent": m.bytes,
+        "bytes_zero_copied": by.zero_copy_bytes - by.copied_bytes,
+        "bytes_copied": by.plain_bytes + by.copied_bytes,
+        "bytes_copied_in_spite_of_zero_copy": by.copied_bytes,
+        "bytes_staged": m.staged_bytes,
+        "zero_copy_given_up": m.fell_back,
+        "send": m.send,
+        "buffers_registered": m.registered,
+        "slot_memory": m.slot_backing,
+        "stop_reason": m.stop_reason.to_string(),
+        "converged": report.converged(),
+        "verified": report.verified(),
+        "samples": m.samples,
+        "sampling_ms": ms(m.sampling),
+        "link_pages_per_s": m.link_pages_per_s,
+        "forecast_bytes": m.forecast_bytes,
+    });
+    let extra = json!({
+        "downtime": {
+            "suspend_ms": ms(m.downtime.suspend),
+            "final_scan_ms": ms(m.downtime.final_scan),
+            "final_send_ms": ms(m.downtime.final_send),
+            "hand_over_ms": ms(m.downtime.hand_over),
+            "resume_ms": ms(m.downtime.resume),
+            "verify_not_counted_ms": ms(m.downtime.verify),
+        },
+        "cpu_s_per_gb": {
+            "scan": per_gb(m.cpu.scan, m.bytes),
+            "map": per_gb(m.cpu.map, m.bytes),
+            "send": per_gb(m.cpu.send, m.bytes),
+            "control": per_gb(m.cpu.control, m.bytes),
+            "receive": per_gb(m.cpu.receive, m.bytes),
+        },
+        "guest_errors": report.guest.map(|guest| guest.errors),
+        "guest_slowdown": report.slowdown(),
+        "guest": report.guest,
+    });
+    if let (Value::Object(line), Value::Object(extra)) = (&mut line, extra) {
+        line.extend(extra);
+    }
+    line
+}

@@ -1,0 +1,45 @@
+//! Cores and threads: which cores there are, pinning, CPU time, timer slack.
+
+use std::io;
+use std::time::Duration;
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::time::{ClockId, clock_gettime};
+
+/// The cores this process may run on, ascending.
+pub fn allowed_cores() -> io::Result<Vec<usize>> {
+    let set = sched_getaffinity(None)?;
+    Ok((0..CpuSet::MAX_CPU).filter(|core| set.is_set(*core)).collect())
+}
+
+/// Pins the calling thread to one core.
+pub fn pin_to(core: usize) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(core);
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+/// CPU time that the calling thread has used.
+pub fn thread_cpu_time() -> Duration {
+    duration(clock_gettime(ClockId::ThreadCPUTime))
+}
+
+/// CPU time that this process has used, all threads together.
+pub fn process_cpu_time() -> Duration {
+    duration(clock_gettime(ClockId::ProcessCPUTime))
+}
+
+/// Nanoseconds of the host's monotonic clock: comparable between processes of one host.
+pub fn monotonic_ns() -> u64 {
+    duration(clock_gettime(ClockId::Monotonic)).as_nanos() as u64
+}
+
+/// Lets the calling thread's short sleeps end when asked instead of up to 50 microseconds later.
+pub fn sharpen_timers() {
+    // SAFETY: PR_SET_TIMERSLACK takes one integer and affects the calling thread's timers only.
+    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_000, 0, 0, 0) };
+}
+
+fn duration(time: rustix::time::Timespec) -> Duration {
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}

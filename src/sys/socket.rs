@@ -1,0 +1,30 @@
+//! Socket calls that std does not have.
+
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+/// Cuts a TCP connection at once: what is unsent is dropped, and with it the kernel's hold on the pages it was to
+/// be sent from. The other side sees a reset.
+pub fn disconnect(stream: &TcpStream) -> io::Result<()> {
+    let unspecified = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    let length = size_of_val(&unspecified) as libc::socklen_t;
+    // SAFETY: connect(2) reads `length` bytes of an address that outlives the call.
+    let rc = unsafe { libc::connect(stream.as_raw_fd(), &unspecified, length) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Gives a connection up when what was sent has not been acknowledged for `patience`.
+pub fn set_user_timeout(stream: &TcpStream, patience: Duration) -> io::Result<()> {
+    Ok(rustix::net::sockopt::set_tcp_user_timeout(stream, patience.as_millis() as u32)?)
+}
+
+/// Has the kernel notice within half a minute that the other side's host is gone, even while nothing is sent.
+pub fn watch_for_death(stream: &TcpStream) -> io::Result<()> {
+    use rustix::net::sockopt;
+    sockopt::set_tcp_keepidle(stream, Duration::from_secs(10))?;
+    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
+    sockopt::set_tcp_keepcnt(stream, 4)?;
+    Ok(sockopt::set_socket_keepalive(stream, true)?)
+}
