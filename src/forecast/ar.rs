@@ -75,6 +75,7 @@ fn round_div(a: i32, b: i32) -> i32 {
 
 impl PageModel for ArPage {
     const ACTIVITY_DIVISOR: i32 = 4;
+    const FOLLOWS_FRONTS: bool = true;
     const NEVER_WRITTEN: Self =
         ArPage { writes: 0, last: 0, mean: 0, forecast: 0, covariance: 0, variance: 0 };
 

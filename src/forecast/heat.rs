@@ -18,6 +18,7 @@ pub(super) struct HeatPage {
 
 impl PageModel for HeatPage {
     const ACTIVITY_DIVISOR: i32 = 4;
+    const FOLLOWS_FRONTS: bool = false;
     const NEVER_WRITTEN: Self = HeatPage { writes: 0 };
 
     fn note_write(&mut self, _: Option<u8>) {

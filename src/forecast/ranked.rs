@@ -10,6 +10,7 @@
 //! without history rank alike, and 3 (`heat`) to 8 ns (`ar`) where every page has a history.
 
 use super::chunks::Chunks;
+use super::fronts::Fronts;
 use super::log2::{OCTAVE, in_units_q8, log2_q4};
 use super::policy::{Policy, View};
 use super::stop::StopRule;
@@ -28,6 +29,10 @@ const BUCKETS: usize = 512 * TIE_CLASSES;
 const RANK_OFFSET: i32 = 24 * OCTAVE;
 /// Classes of chunks among pages of one rank.
 const TIE_CLASSES: usize = 8;
+/// A page that a front will reach in some time ranks this much below one that has rested for as long: one octave.
+const BEFORE_A_FRONT: i32 = OCTAVE;
+/// A page written within three units has just been passed by the front that comes to its chunk: the log of those and one.
+const JUST_PASSED: i32 = 2 * OCTAVE;
 /// A plan holds at least so many batches.
 const MIN_BATCHES: usize = 2;
 
@@ -43,6 +48,8 @@ pub(super) struct Clock {
 pub(super) trait PageModel: Copy + Send {
     /// The activity of the chunk counts with the inverse of this.
     const ACTIVITY_DIVISOR: i32;
+    /// Whether pages that a front is about to reach are held back.
+    const FOLLOWS_FRONTS: bool;
     /// A page without history.
     const NEVER_WRITTEN: Self;
 
@@ -89,6 +96,7 @@ pub(super) struct Ranked<M> {
     activity: Chunks<f32>,
     /// For each sample number log2 of the time since it was taken; entry 0 stands for pages never written.
     log2_ages: Vec<i16>,
+    fronts: Fronts,
     clock: Clock,
     /// A sample has come since ages and clock were set.
     stale: bool,
@@ -103,6 +111,8 @@ struct ChunkRanks<'a, M> {
     known: Option<(&'a AgeChunk, &'a ModelChunk<M>)>,
     /// To be added to the rank of each page.
     shift: i32,
+    /// A front is on its way: the rank of a page that it has not reached is this at most.
+    most: Option<i32>,
     tie_class: usize,
 }
 
@@ -114,6 +124,7 @@ impl<M: PageModel> Ranked<M> {
             models: Chunks::new(nr_chunks),
             activity: Chunks::new(nr_chunks),
             log2_ages: Vec::with_capacity(max_samples(&config) + 1),
+            fronts: Fronts::new(config.sample_interval),
             clock: Clock { since_start: Duration::ZERO, unit: config.sample_interval, log2_since_start: 0 },
             stale: true,
             histogram: vec![0; BUCKETS],
@@ -155,7 +166,9 @@ impl<M: PageModel> Ranked<M> {
 
     fn ranks_of<'a>(&'a self, chunk: usize, working_set: &'a WorkingSet) -> ChunkRanks<'a, M> {
         let activity_q8 = self.activity.get(chunk).map_or(256, |activity| ((1.0 + activity) * 256.0) as u64);
+        let arrival = self.fronts.arrival(chunk, self.clock.since_start);
         ChunkRanks {
+            most: arrival.map(|time| log2_q4(256 + in_units_q8(time, self.clock.unit)) - BEFORE_A_FRONT),
             known: working_set.ages(chunk).zip(self.models.get(chunk)),
             shift: RANK_OFFSET - log2_q4(activity_q8) / M::ACTIVITY_DIVISOR,
             tie_class: tie_class(chunk),
@@ -168,7 +181,13 @@ impl<M: PageModel> Ranked<M> {
             None => (0, M::NEVER_WRITTEN),
             Some((ages, models)) => (usize::from(ages.0[in_chunk]), models.0[in_chunk]),
         };
-        let rank = model.rank(i32::from(self.log2_ages[number]), &self.clock);
+        let log2_age = i32::from(self.log2_ages[number]);
+        let mut rank = model.rank(log2_age, &self.clock);
+        if let Some(most) = ranks.most
+            && (number == 0 || log2_age > JUST_PASSED)
+        {
+            rank = rank.min(most);
+        }
         let eighths = ((rank + ranks.shift) / 2).clamp(0, (BUCKETS / TIE_CLASSES - 1) as i32);
         eighths as usize * TIE_CLASSES + ranks.tie_class
     }
@@ -251,12 +270,18 @@ impl<M: PageModel> Policy for Ranked<M> {
         for chunk in sample.dirty.occupied_chunks() {
             let ages = working_set.ages(chunk);
             let models = self.models.get_or_insert(chunk, &empty);
+            let mut fresh = 0;
             for pfn in sample.dirty.pages_of_chunk(chunk) {
                 let last = ages.map_or(0, |ages| usize::from(ages.0[pfn.in_chunk()]));
                 let log2_interval = (last > 0).then(|| self.log2_ages[last].clamp(0, 255) as u8);
                 models.0[pfn.in_chunk()].note_write(log2_interval);
+                fresh += u32::from(log2_interval.is_none_or(|log2| i32::from(log2) > OCTAVE));
+            }
+            if M::FOLLOWS_FRONTS {
+                self.fronts.note_chunk(chunk, sample.dirty.chunk_words(chunk), fresh);
             }
         }
+        self.fronts.end_sample(sample.at);
         self.note_activity(sample, sample.at.saturating_sub(working_set.last_sample_at()));
         self.stale = true;
         self.plan = None;
