@@ -1,0 +1,8 @@
+//! End to end: the program as a user runs it, in several processes on one machine.
+
+mod capture;
+mod faults;
+mod harness;
+mod input;
+mod migration;
+mod unprivileged;
