@@ -1,6 +1,5 @@
 //! Options that several subcommands share. They keep their names everywhere.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -162,12 +161,4 @@ pub struct OutputOptions {
     /// JSON lines on standard output instead of text
     #[arg(long)]
     pub json: bool,
-}
-
-/// A guest's control socket.
-#[derive(Args, Clone, Debug)]
-pub struct SocketOption {
-    /// The guest's control socket
-    #[arg(long, value_name = "PATH")]
-    pub socket: PathBuf,
 }

@@ -59,14 +59,21 @@ pub fn migrate(
     let prepare = begun.elapsed();
 
     let control_cpu = cpu::thread_cpu_time();
-    let mut run = Run { guest, settings, abort, observer, connections, phase: Phase::Precopy };
+    let mut run = Run {
+        guest,
+        settings,
+        abort,
+        observer,
+        connections,
+        phase: Phase::Precopy,
+        verify_cpu: Duration::ZERO,
+    };
     let result = run.live(&mut lanes, destination, &migration);
     let cpu = cpu::thread_cpu_time().saturating_sub(control_cpu);
     match result {
         Ok(mut migration) => {
             migration.prepare = prepare;
-            // `live` has put there what verifying took, which is no part of a migration.
-            migration.cpu.control = cpu.saturating_sub(migration.cpu.control);
+            migration.cpu.control = cpu.saturating_sub(run.verify_cpu);
             Ok(migration)
         }
         Err(error) => Err(run.call_off(lanes, error)),
@@ -169,6 +176,8 @@ struct Run<'a> {
     observer: &'a mut dyn Observer,
     connections: Vec<Arc<TcpStream>>,
     phase: Phase,
+    /// CPU time of this thread that went into verifying, which is no part of a migration.
+    verify_cpu: Duration,
 }
 
 impl Run<'_> {
@@ -204,11 +213,12 @@ impl Run<'_> {
 
         let cpu_before = cpu::thread_cpu_time();
         let context = self.guest.context(&domain, self.settings.verify);
-        let verify_cpu = cpu::thread_cpu_time().saturating_sub(cpu_before);
+        self.verify_cpu = cpu::thread_cpu_time().saturating_sub(cpu_before);
         let digested = Instant::now();
         self.enter(Phase::HandOver);
         let (ready, ready_at) = self.finish_stream(&context)?;
         let running = self.hand_over(destination, migration)?;
+        // A guest that has moved away may have no log to end any more.
         let _ = self.guest.set_log_dirty(false);
 
         let verify_there = Duration::from_nanos(ready.verify_ns);
@@ -247,7 +257,7 @@ impl Run<'_> {
                 scan: scanner.cpu,
                 map: mappers.iter().map(|mapper| mapper.cpu).sum(),
                 send: senders.iter().map(|sender| sender.cpu).sum(),
-                control: verify_cpu,
+                control: Duration::ZERO,
                 receive: Duration::from_nanos(ready.cpu_ns),
             },
             samples: scanner.samples,

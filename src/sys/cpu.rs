@@ -29,11 +29,6 @@ pub fn process_cpu_time() -> Duration {
     duration(clock_gettime(ClockId::ProcessCPUTime))
 }
 
-/// Nanoseconds of the host's monotonic clock: comparable between processes of one host.
-pub fn monotonic_ns() -> u64 {
-    duration(clock_gettime(ClockId::Monotonic)).as_nanos() as u64
-}
-
 /// Lets the calling thread's short sleeps end when asked instead of up to 50 microseconds later.
 pub fn sharpen_timers() {
     // SAFETY: PR_SET_TIMERSLACK takes one integer and affects the calling thread's timers only.

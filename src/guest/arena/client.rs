@@ -114,11 +114,6 @@ impl ArenaGuest {
     pub fn quit(&self) -> Result<(), GuestError> {
         self.expect_done(&Request::Quit)
     }
-
-    /// The guest's memory.
-    pub fn memory(&self) -> &Arc<GuestMemory> {
-        &self.memory
-    }
 }
 
 fn open(path: &Path) -> std::io::Result<OwnedFd> {
