@@ -116,6 +116,32 @@ impl Trace {
         })
     }
 
+    /// A trace out of rounds that are known: the start of each in nanoseconds, and its pages as ascending runs.
+    #[cfg(test)]
+    pub(super) fn from_rounds(
+        name: &str,
+        period_us: u32,
+        va_chunks: Vec<u64>,
+        rounds: impl Iterator<Item = (u64, Vec<Run>)>,
+    ) -> Self {
+        let mut trace = Trace {
+            name: name.to_owned(),
+            period_us,
+            start_realtime_ns: 0,
+            va_chunks,
+            rounds: Vec::new(),
+            ends: Vec::new(),
+            runs: Vec::new(),
+        };
+        for (t_ns, runs) in rounds {
+            let dirty = runs.iter().map(|run| run.count).sum();
+            trace.rounds.push(Round { t_ns, scan_us: 0, dirty, tracked_pages: 0 });
+            trace.runs.extend(runs);
+            trace.ends.push(trace.runs.len());
+        }
+        trace
+    }
+
     fn parse(input: impl Read) -> Result<Self, Fault> {
         let mut input = Input { input, at: 0 };
         if input.array::<8>()? != MAGIC {
@@ -547,9 +573,9 @@ mod tests {
             write(&path, 7, &rounds);
             let trace = Trace::open(&path).unwrap();
             let renamed = trace.with_chunks_renamed(|chunk| (chunk * step + 3) % 7);
-            for number in 0..rounds.len() {
+            for (number, pages) in rounds.iter().enumerate() {
                 let moved = |page: &u32| ((*page as usize / 512 * step + 3) % 7 * 512) as u32 + page % 512;
-                let expected: BTreeSet<u32> = rounds[number].iter().map(moved).collect();
+                let expected: BTreeSet<u32> = pages.iter().map(moved).collect();
                 prop_assert_eq!(pages_of(&renamed, number), expected);
                 prop_assert!(renamed.runs(number).windows(2).all(|two| two[0].first + two[0].count < two[1].first));
             }
