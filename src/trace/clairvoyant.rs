@@ -108,9 +108,8 @@ mod tests {
         (0..nr_pages).for_each(|page| released[last(page).map_or(0, |round| round + 1)] += 1);
         // Fluid: each round sends what is there, up to its credit.
         let mut left = 0.0;
-        for now in 0..stop {
-            left += f64::from(released[now]);
-            left = f64::max(0.0, left - pages_per_round);
+        for released in &released[..stop] {
+            left = f64::max(0.0, left + f64::from(*released) - pages_per_round);
         }
         left + f64::from(released[stop])
     }
