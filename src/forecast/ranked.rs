@@ -15,7 +15,7 @@ use super::log2::{OCTAVE, in_units_q8, log2_q4};
 use super::policy::{Policy, View};
 use super::stop::StopRule;
 use super::working_set::{AgeChunk, max_samples};
-use super::{Config, Next, Peek, Sample, StopReason, WorkingSet};
+use super::{Config, Convergence, Next, Peek, Sample, Verdict, WorkingSet};
 use crate::page::{CHUNK_PAGES, Pfn};
 use crate::page_set::PageSet;
 use std::ops::ControlFlow;
@@ -302,8 +302,8 @@ impl<M: PageModel> Policy for Ranked<M> {
         Next::Batch
     }
 
-    fn stop(&mut self, view: &View) -> Option<StopReason> {
-        self.stop.judge(view)
+    fn stop(&mut self, view: &View, convergence: &mut Convergence) -> Verdict {
+        self.stop.judge(view, convergence)
     }
 
     fn deferred(&self, pending: &PageSet) -> u64 {
