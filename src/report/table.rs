@@ -179,9 +179,19 @@ pub fn side_by_side(reports: &[Report]) -> String {
     table.to_string()
 }
 
-/// What the first report saved against each of the others, a line each.
+/// What the first report saved against each of the others, a line each. A guest that was slowed down is no measure for one
+/// that was not.
 pub fn savings(reports: &[Report]) -> String {
     let Some((first, others)) = reports.split_first() else { return String::new() };
+    match first.migration.convergence.throttle_percent() {
+        0 => {}
+        percent => {
+            return format!(
+                "not to be compared: {} slowed the guest down by up to {percent} %, the others let it write on",
+                first.policy
+            );
+        }
+    }
     let saved = |ours: f64, theirs: f64, less: &str| {
         let percent = (1.0 - ours / theirs) * 100.0;
         format!("{:.1} % {}", percent.abs(), if percent >= 0.0 { less } else { "more" })
