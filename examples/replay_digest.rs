@@ -43,8 +43,15 @@ fn main() -> ExitCode {
                 (StopAt::Own, 8.0, 20),
             ] {
                 let pages_per_round = trace.nr_pages() as f64 * trace.period_s() / base_s;
-                let setting =
-                    Setting { policy, stop, start, pages_per_round, budget_s: 0.1, max_time_s: 40.0 };
+                let setting = Setting {
+                    policy,
+                    stop,
+                    start,
+                    pages_per_round,
+                    budget_s: 0.1,
+                    max_time_s: 40.0,
+                    on_no_convergence: OnNoConvergence::Stop,
+                };
                 let mut digest = Digest::default();
                 let outcome = replay(&trace, &setting, &mut digest);
                 let rounds = (outcome.stop_round - start).max(1) as f64;

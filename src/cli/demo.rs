@@ -13,7 +13,7 @@ use clap::Args;
 use super::options::{GuestOptions, MigrationOptions, OutputOptions, Rate};
 use super::send::at_source;
 use super::{Exit, Failure, interrupted, units};
-use crate::forecast::PolicyKind;
+use crate::forecast::{OnNoConvergence, PolicyKind};
 use crate::guest::arena::client::ArenaGuest;
 use crate::pipeline::batch::BATCH_PAGES;
 use crate::pipeline::control::migrate;
@@ -122,6 +122,14 @@ fn introduce(arguments: &DemoArguments, settings: &Settings, first: bool) {
             ms(settings.downtime_budget),
             settings.pins
         ));
+        if settings.on_no_convergence != OnNoConvergence::Stop {
+            console::say(format_args!(
+                "if the budget cannot be met, or is not after {} s: {} (policies ar and heat; the others end by their own \
+                 rules)",
+                settings.max_time.as_secs_f64(),
+                settings.on_no_convergence
+            ));
+        }
         console::say(format_args!(
             "limits: {} slots of {} KiB and rings of {} batches of {} pages a lane; forecast state 8 bytes a written page",
             settings.slots,

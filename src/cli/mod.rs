@@ -29,7 +29,7 @@ pub enum Exit {
     Failed = 1,
     /// 2: the command line makes no sense; nothing was touched.
     Usage = 2,
-    /// 3: interrupted or out of time; the guest runs on at the source.
+    /// 3: interrupted, out of time or without hope to converge; the guest runs on at the source.
     Aborted = 3,
     /// 4: the guest found errors in its memory: pagecast has damaged it. This is a bug.
     Damaged = 4,
@@ -53,14 +53,17 @@ impl Failure {
 
 impl From<MigrationError> for Failure {
     fn from(error: MigrationError) -> Self {
-        let exit = if matches!(error, MigrationError::Aborted { .. }) { Exit::Aborted } else { Exit::Failed };
+        let exit = match error {
+            MigrationError::Aborted { .. } | MigrationError::NoConvergence { .. } => Exit::Aborted,
+            _ => Exit::Failed,
+        };
         Failure { exit, message: error.to_string() }
     }
 }
 
 const AFTER_HELP: &str = "\
-Exit codes: 0 done; 1 failed, 3 interrupted or out of time (in both cases the guest runs on at the source);
-2 bad usage; 4 the migrated guest found errors in its memory.";
+Exit codes: 0 done; 1 failed, 3 interrupted, or called off by --on-no-convergence abort (in these cases the guest
+runs on at the source); 2 bad usage; 4 the migrated guest found errors in its memory.";
 
 /// Live migration that forecasts when each page will be written next
 #[derive(Parser)]

@@ -5,10 +5,10 @@ use std::time::Duration;
 use clap::Args;
 
 use super::units;
-use crate::forecast::PolicyKind;
+use crate::forecast::{OnNoConvergence, PolicyKind};
 use crate::guest::arena::{Spec, Workload};
 use crate::page::PAGE_SIZE;
-use crate::pipeline::settings::{AtLimit, Pins, SendMode, Settings};
+use crate::pipeline::settings::{Pins, SendMode, Settings};
 use crate::sys::{cpu, memory_info};
 
 /// What kind of guest to start.
@@ -82,9 +82,10 @@ pub struct MigrationOptions {
     /// How long the guest may be migrated live
     #[arg(long, default_value = "60s", value_parser = units::time)]
     pub max_time: Duration,
-    /// What to do then: stop (suspend and send the rest) or abort (the guest stays)
-    #[arg(long, default_value = "stop")]
-    pub at_limit: AtLimit,
+    /// What to do then, or as soon as it is clear that the budget cannot be met: stop (suspend at the best moment to be
+    /// expected and send the rest), abort (the guest stays), throttle (slow the guest down until it can, then stop)
+    #[arg(long, value_name = "WHAT", default_value = "stop")]
+    pub on_no_convergence: OnNoConvergence,
     /// Connections, each with a mapper and a sender
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub lanes: u16,
@@ -142,7 +143,7 @@ impl MigrationOptions {
             policy,
             downtime_budget: self.budget,
             max_time: self.max_time,
-            at_limit: self.at_limit,
+            on_no_convergence: self.on_no_convergence,
             sample_interval: self.sample,
             bandwidth: self.bandwidth.0,
             send: self.send,

@@ -5,7 +5,9 @@
 
 use super::policy::{Policy, View};
 use super::working_set::WorkingSet;
-use super::{Config, Link, Next, Peek, PolicyKind, Sample, StopReason, Verdict};
+use super::{
+    Config, Convergence, Link, Next, OnNoConvergence, Peek, PolicyKind, Sample, StopReason, Verdict,
+};
 use crate::page::Pfn;
 use crate::page_set::PageSet;
 use std::time::Duration;
@@ -16,6 +18,7 @@ pub struct Engine {
     pending: PageSet,
     working_set: WorkingSet,
     policy: Box<dyn Policy>,
+    convergence: Convergence,
 }
 
 impl Engine {
@@ -27,6 +30,7 @@ impl Engine {
             pending: PageSet::full(config.nr_pages),
             working_set: WorkingSet::new(&config),
             policy: kind.build(&config),
+            convergence: Convergence::new(config),
         }
     }
 
@@ -71,14 +75,29 @@ impl Engine {
         next
     }
 
-    /// Whether to stop. To be asked after every sample and at the end of every round.
+    /// Whether to go on. To be asked after every sample and at the end of every round. Of a throttle it is taken for
+    /// granted that the guest is slowed down as told.
     pub fn verdict(&mut self, now: Duration, link: &Link) -> Verdict {
         let view = View { now, link, pending: &self.pending, working_set: &self.working_set };
-        match self.policy.stop(&view) {
-            Some(reason) => Verdict::Stop(reason),
-            None if now >= self.config.max_time => Verdict::Stop(StopReason::MaxTime),
-            None => Verdict::Continue,
+        self.convergence.observe(&view);
+        let verdict = match self.policy.stop(&view, &mut self.convergence) {
+            Verdict::Continue | Verdict::Throttle(_) if now >= self.config.max_time => self.at_deadline(),
+            verdict => verdict,
+        };
+        self.convergence.note_verdict(now, verdict);
+        verdict
+    }
+
+    fn at_deadline(&self) -> Verdict {
+        match self.config.on_no_convergence {
+            OnNoConvergence::Stop | OnNoConvergence::Throttle => Verdict::Stop(StopReason::MaxTime),
+            OnNoConvergence::Abort => Verdict::Abort(StopReason::MaxTime),
         }
+    }
+
+    /// How far the budget is and was away, and what was decided.
+    pub fn convergence(&self) -> &Convergence {
+        &self.convergence
     }
 
     /// Pages that have to be sent again or for the first time.

@@ -12,12 +12,15 @@
 //!   reach; `chunk_state`: what is known of a chunk as a whole; `fronts`: what `ar` makes of writers that go through
 //!   memory in order.
 //! * [`working_set`], `bound`: ages of the pages, and the clairvoyant bound that follows from them.
-//! * `stop`: when ranked sending ends. `log2`, `chunks`: fixed-point logarithm, state by 2 MiB chunk.
+//! * `stop`: when ranked sending ends; `throttle`: by how much to slow a guest down that does not let it.
+//! * [`convergence`]: what is wanted without convergence, and the explanation of what was decided.
+//! * `log2`, `chunks`: fixed-point logarithm, state by 2 MiB chunk.
 
 mod ar;
 mod bound;
 mod chunk_state;
 mod chunks;
+pub mod convergence;
 pub mod engine;
 mod fronts;
 mod heat;
@@ -31,11 +34,13 @@ mod rounds;
 #[cfg(test)]
 mod simulation;
 mod stop;
+mod throttle;
 pub mod working_set;
 mod xen;
 mod xen_skip;
 
 pub use bound::TStar;
+pub use convergence::{Convergence, OnNoConvergence};
 pub use engine::Engine;
 pub use policy::{ParsePolicyError, PolicyKind};
 pub use working_set::WorkingSet;
@@ -72,6 +77,8 @@ pub struct Config {
     pub max_time: Duration,
     /// The part of the downtime that is not for pages: suspend, final scan, hand-over.
     pub fixed_downtime: Duration,
+    /// What to do if the downtime budget turns out to be out of reach, and at `max_time`.
+    pub on_no_convergence: OnNoConvergence,
 }
 
 impl Config {
@@ -121,6 +128,16 @@ pub enum Verdict {
     Continue,
     /// Suspend the guest and send what is left.
     Stop(StopReason),
+    /// Call the migration off: the guest stays.
+    Abort(StopReason),
+    /// Keep sending, with the guest standing still for this share of its time, in percent.
+    Throttle(u8),
+}
+
+impl From<Option<StopReason>> for Verdict {
+    fn from(reason: Option<StopReason>) -> Self {
+        reason.map_or(Verdict::Continue, Verdict::Stop)
+    }
 }
 
 /// Why pre-copy ends.
@@ -138,6 +155,8 @@ pub enum StopReason {
     DirtyCap,
     /// No policy could have come near the budget for a while, and the backlog is as low as it has been.
     NoBetterBacklog,
+    /// No policy could have come near the budget for a while, and the migration is to be called off then.
+    OutOfReach,
     /// The time limit.
     MaxTime,
 }
@@ -151,6 +170,7 @@ impl fmt::Display for StopReason {
             StopReason::MaxFactor => "more than three times the memory was sent",
             StopReason::DirtyCap => "sending on would exceed 2.2 times the memory",
             StopReason::NoBetterBacklog => "the budget is out of reach and the backlog is at its lowest",
+            StopReason::OutOfReach => "the budget is out of reach, whatever the order of sending",
             StopReason::MaxTime => "the time limit was reached",
         })
     }

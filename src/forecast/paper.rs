@@ -10,7 +10,7 @@
 use super::chunks::Chunks;
 use super::legacy_loop::LegacyLoop;
 use super::policy::{Policy, View};
-use super::{Next, Peek, Sample, StopReason, WorkingSet};
+use super::{Convergence, Next, Peek, Sample, Verdict, WorkingSet};
 use crate::page::{CHUNK_PAGES, Pfn};
 use crate::page_set::PageSet;
 use std::time::Duration;
@@ -153,8 +153,8 @@ impl Policy for Paper {
         Some(self.legacy.rounds.log())
     }
 
-    fn stop(&mut self, view: &View) -> Option<StopReason> {
-        self.legacy.rounds.stop(view)
+    fn stop(&mut self, view: &View, _: &mut Convergence) -> Verdict {
+        self.legacy.rounds.stop(view).into()
     }
 
     fn deferred(&self, _: &PageSet) -> u64 {
@@ -171,7 +171,7 @@ impl Policy for Paper {
 mod tests {
     use super::super::simulation::{Simulation, config};
     use super::*;
-    use crate::forecast::{PolicyKind, Verdict};
+    use crate::forecast::{PolicyKind, StopReason, Verdict};
 
     #[test]
     fn the_forecast_is_a_linear_ar1_on_all_intervals() {

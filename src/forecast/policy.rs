@@ -7,7 +7,7 @@ use super::ranked::Ranked;
 use super::working_set::AgeChunk;
 use super::xen::Xen;
 use super::xen_skip::XenSkip;
-use super::{Config, Link, Next, Peek, Sample, StopReason, WorkingSet};
+use super::{Config, Convergence, Link, Next, Peek, Sample, Verdict, WorkingSet};
 use crate::page::Pfn;
 use crate::page_set::PageSet;
 use std::fmt;
@@ -48,8 +48,9 @@ pub(super) trait Policy: Send {
         None
     }
 
-    /// Whether to stop now. Asked after every sample and at the end of a round.
-    fn stop(&mut self, view: &View) -> Option<StopReason>;
+    /// Whether to go on. Asked after every sample and at the end of a round. `convergence` has the readings of the
+    /// latest sample and takes what the policy makes of them.
+    fn stop(&mut self, view: &View, convergence: &mut Convergence) -> Verdict;
 
     /// Pages out of `pending` that are held back now.
     fn deferred(&self, pending: &PageSet) -> u64;

@@ -17,7 +17,7 @@ use super::plan::{ChunkPlan, Histogram, NOTHING, Plan, bucket_of};
 use super::policy::{Policy, View};
 use super::stop::StopRule;
 use super::working_set::{AgeChunk, SPARSE, max_samples};
-use super::{Config, Next, Peek, Sample, StopReason, WorkingSet};
+use super::{Config, Convergence, Next, Peek, Sample, Verdict, WorkingSet};
 use crate::page::{CHUNK_PAGES, Pfn};
 use crate::page_set::{CHUNK_WORDS, PageSet, for_each_place};
 use crate::sys::simd::{at_best, prefetch};
@@ -457,8 +457,8 @@ impl<M: PageModel> Policy for Ranked<M> {
         Next::Batch
     }
 
-    fn stop(&mut self, view: &View) -> Option<StopReason> {
-        self.stop.judge(view)
+    fn stop(&mut self, view: &View, convergence: &mut Convergence) -> Verdict {
+        self.stop.judge(view, convergence)
     }
 
     fn deferred(&self, pending: &PageSet) -> u64 {

@@ -1,7 +1,10 @@
 //! For the tests: a fluid link and a hypervisor's dirty log around an [`Engine`], which check at every step
 //! that nothing is forgotten and that the clairvoyant bound holds.
 
-use super::{Config, Engine, Link, Next, Peek, PolicyKind, Sample, StopReason, TStar, Verdict};
+use super::{
+    Config, Convergence, Engine, Link, Next, OnNoConvergence, Peek, PolicyKind, Sample, StopReason, TStar,
+    Verdict,
+};
 use crate::page::Pfn;
 use crate::page_set::PageSet;
 use proptest::prelude::*;
@@ -19,6 +22,7 @@ pub(super) fn config(nr_pages: u64) -> Config {
         sample_interval: INTERVAL,
         max_time: Duration::from_secs(600),
         fixed_downtime: Duration::ZERO,
+        on_no_convergence: OnNoConvergence::Stop,
     }
 }
 
@@ -46,6 +50,8 @@ pub(super) struct Simulation {
     pub link: Link,
     pub log: DirtyLog,
     pub now: Duration,
+    /// Share of the guest's time that it stands still, in percent.
+    throttle: u64,
     version: Vec<u32>,
     sent_version: Vec<Option<u32>>,
 }
@@ -67,6 +73,7 @@ impl Simulation {
             link: Link { pages_per_s, in_flight: 0, sent: 0 },
             log: DirtyLog(PageSet::empty(config.nr_pages)),
             now: Duration::ZERO,
+            throttle: 0,
             version: vec![0; config.nr_pages as usize],
             sent_version: vec![None; config.nr_pages as usize],
         }
@@ -132,11 +139,30 @@ impl Simulation {
         }
     }
 
-    /// Runs until the engine stops or `workload`, which gives the pages written in each sample interval, ends.
-    pub(super) fn run(mut self, workload: impl Iterator<Item = Vec<u64>>) -> Outcome {
+    /// The verdict, carried out: why pre-copy ends, if it does.
+    fn ends(&mut self) -> Option<StopReason> {
+        match self.verdict() {
+            Verdict::Continue => None,
+            Verdict::Stop(reason) | Verdict::Abort(reason) => Some(reason),
+            Verdict::Throttle(percent) => {
+                self.throttle = percent.into();
+                None
+            }
+        }
+    }
+
+    /// As [`Simulation::run_explained`], without the explanation.
+    pub(super) fn run(self, workload: impl Iterator<Item = Vec<u64>>) -> Outcome {
+        self.run_explained(workload).0
+    }
+
+    /// Runs until the engine stops or `workload`, which gives the pages written in each sample interval, ends. A guest
+    /// that is slowed down does the first of its writes only.
+    fn run_explained(mut self, workload: impl Iterator<Item = Vec<u64>>) -> (Outcome, Convergence) {
         let (mut credit, mut reason) = (0.0, None);
         let part_s = INTERVAL.as_secs_f64() / PARTS as f64;
-        'migration: for writes in workload {
+        'migration: for mut writes in workload {
+            writes.truncate(writes.len() * (100 - self.throttle as usize) / 100);
             for part in 0..PARTS {
                 writes.iter().skip(part).step_by(PARTS).for_each(|page| self.write(*page));
                 self.now += INTERVAL / PARTS as u32;
@@ -149,8 +175,8 @@ impl Simulation {
                         Next::Idle => credit = 0.0,
                         Next::RoundEnd => {
                             self.sample_within_bound();
-                            if let Verdict::Stop(why) = self.verdict() {
-                                reason = Some(why);
+                            reason = self.ends();
+                            if reason.is_some() {
                                 break 'migration;
                             }
                         }
@@ -158,21 +184,22 @@ impl Simulation {
                 }
             }
             self.sample_within_bound();
-            if let Verdict::Stop(why) = self.verdict() {
-                reason = Some(why);
+            reason = self.ends();
+            if reason.is_some() {
                 break;
             }
         }
         let mut left = self.engine.take_pending();
         left.union(&self.log.0);
         let budget = Duration::from_millis(300);
-        Outcome {
+        let outcome = Outcome {
             reason,
             total_s: self.now.as_secs_f64() + left.len() as f64 / self.link.pages_per_s,
             resend_ratio: (self.link.sent + left.len()) as f64 / left.nr_pages() as f64,
             final_pages: left.len(),
             t_star: self.engine.working_set().t_star(self.link.pages_per_s, budget, 0),
-        }
+        };
+        (outcome, self.engine.convergence().clone())
     }
 }
 
@@ -236,6 +263,65 @@ fn a_guest_that_writes_everything_is_stopped_below_the_cap() {
             "{outcome:?}"
         );
         assert!(outcome.resend_ratio <= 2.2 && outcome.t_star.is_none());
+    }
+}
+
+/// Random writes all over memory at twice the speed of the link, some of them to the same page.
+fn storm() -> impl Iterator<Item = Vec<u64>> {
+    let mut rng = Rng(11);
+    (0..4000).map(move |_| (0..150).map(|_| rng.below(NR_PAGES)).collect())
+}
+
+fn run_storm(kind: PolicyKind, on_no_convergence: OnNoConvergence) -> (Outcome, Convergence) {
+    let config = Config { on_no_convergence, max_time: Duration::from_secs(60), ..config(NR_PAGES) };
+    Simulation::new(kind, config, 1500.0).run_explained(storm())
+}
+
+#[test]
+fn a_storm_is_stopped_called_off_or_slowed_down_until_it_converges() {
+    for kind in [PolicyKind::Heat, PolicyKind::Ar] {
+        let (stopped, seen) = run_storm(kind, OnNoConvergence::Stop);
+        assert!(stopped.final_pages > 450 && stopped.resend_ratio <= 2.2, "{stopped:?}");
+        assert!(!seen.is_plain() && seen.throttle_steps.is_empty(), "{seen}");
+
+        let (aborted, seen) = run_storm(kind, OnNoConvergence::Abort);
+        assert!(matches!(aborted.reason, Some(StopReason::OutOfReach | StopReason::DirtyCap)), "{aborted:?}");
+        assert!(
+            seen.decision.expect("it is decided").aborted && aborted.total_s <= stopped.total_s,
+            "{seen}"
+        );
+
+        let (throttled, seen) = run_storm(kind, OnNoConvergence::Throttle);
+        assert_eq!(throttled.reason, Some(StopReason::WithinBudget), "{seen}");
+        assert!(throttled.final_pages <= 450 && seen.throttle_percent() >= 20, "{throttled:?}");
+    }
+}
+
+#[test]
+fn a_guest_that_converges_is_never_slowed_down_or_called_off() {
+    for wanted in [OnNoConvergence::Abort, OnNoConvergence::Throttle] {
+        for kind in [PolicyKind::Heat, PolicyKind::Ar] {
+            let config = Config { on_no_convergence: wanted, ..config(NR_PAGES) };
+            let mut rng = Rng(7);
+            let workload = (0..600).map(|step| mixed(step, &mut rng));
+            let (outcome, seen) = Simulation::new(kind, config, 1500.0).run_explained(workload);
+            assert_eq!(outcome, run_mixed(kind));
+            assert!(seen.is_plain() && seen.established_at.is_none(), "{seen}");
+        }
+    }
+}
+
+#[test]
+fn every_policy_is_called_off_at_the_time_limit_if_so_wanted() {
+    for kind in PolicyKind::ALL {
+        let max_time = Duration::from_millis(400);
+        let limited = Config { max_time, on_no_convergence: OnNoConvergence::Abort, ..config(NR_PAGES) };
+        let mut rng = Rng(7);
+        let workload = (0..600).map(|step| mixed(step, &mut rng));
+        let (outcome, seen) = Simulation::new(kind, limited, 500.0).run_explained(workload);
+        assert_eq!(outcome.reason, Some(StopReason::MaxTime), "{kind}");
+        assert!(seen.decision.is_some_and(|decision| decision.aborted), "{kind}");
+        assert!(seen.to_string().contains("not converged within 0.4 s (--max-time)"), "{seen}");
     }
 }
 

@@ -9,11 +9,16 @@
 //! * Cap: stop before S + backlog reaches 2.2 N, with room for one more sample and for the largest growth of
 //!   the backlog in one sample, which fades within a base time. Without that room one burst went over the cap.
 //!
+//! Hopeless and cap are findings that pre-copy does not converge. What follows is the user's choice
+//! ([`OnNoConvergence`]): the above is for `Stop`; under `Abort` either finding ends the migration at once; under
+//! `Throttle` either has the guest slowed down until the backlog is within K, and nothing else but the deadline ends it.
+//!
 //! On recorded traces this ended migrations that cannot converge at 2.0 times the memory, where Xen's five
 //! rounds sent 4.1 times, and with 15 % less downtime.
 
 use super::policy::View;
-use super::{Config, StopReason};
+use super::throttle::{Distance, Throttle};
+use super::{Config, Convergence, OnNoConvergence, StopReason, Verdict};
 use std::time::Duration;
 
 /// The bound is out of reach above this multiple of the budget.
@@ -31,7 +36,8 @@ pub(super) struct StopRule {
     least_backlog: Option<u64>,
     last_backlog: Option<u64>,
     rise: f64,
-    verdict: Option<StopReason>,
+    throttle: Throttle,
+    verdict: Verdict,
 }
 
 impl StopRule {
@@ -44,13 +50,14 @@ impl StopRule {
             least_backlog: None,
             last_backlog: None,
             rise: 0.0,
-            verdict: None,
+            throttle: Throttle::new(),
+            verdict: Verdict::Continue,
         }
     }
 
     /// The verdict on the latest sample. Between samples the backlog only shrinks because the writes are not
     /// known yet, so the last verdict holds.
-    pub(super) fn judge(&mut self, view: &View) -> Option<StopReason> {
+    pub(super) fn judge(&mut self, view: &View, convergence: &mut Convergence) -> Verdict {
         let pages_per_s = view.link.pages_per_s;
         if self.samples_judged == view.working_set.samples_taken()
             || pages_per_s.is_nan()
@@ -68,21 +75,55 @@ impl StopRule {
         self.rise = (self.rise * (1.0 - interval_s / base_s).max(0.0)).max(growth as f64);
         self.last_backlog = Some(backlog);
         self.judge_reach(view, pages as f64, base_s);
+        convergence.note_reach(view.now, self.out_of_reach_since, self.hopeless);
 
         let sent = view.link.sent as f64;
-        self.verdict = if backlog as f64 <= self.config.pages_in_budget(pages_per_s) {
-            Some(StopReason::WithinBudget)
-        } else if self.hopeless && self.least_backlog.is_some_and(|least| backlog <= least) {
-            Some(StopReason::NoBetterBacklog)
-        } else if sent + backlog as f64 + pages_per_s * interval_s + self.rise >= CAP * pages as f64 {
-            Some(StopReason::DirtyCap)
+        let capped = sent + backlog as f64 + pages_per_s * interval_s + self.rise >= CAP * pages as f64;
+        let budget = self.config.pages_in_budget(pages_per_s);
+        self.verdict = if backlog as f64 <= budget {
+            Verdict::Stop(StopReason::WithinBudget)
         } else {
-            None
+            match self.config.on_no_convergence {
+                OnNoConvergence::Stop => self.at_the_best_backlog(backlog, capped),
+                OnNoConvergence::Abort => self.called_off(capped),
+                OnNoConvergence::Throttle => {
+                    let here = Distance { bound: convergence.bound as f64, backlog: backlog as f64, budget };
+                    self.slowed_down(view.now, base_s, capped, here)
+                }
+            }
         };
         if sent > pages as f64 {
             self.least_backlog = Some(self.least_backlog.map_or(backlog, |least| least.min(backlog)));
         }
         self.verdict
+    }
+
+    fn at_the_best_backlog(&self, backlog: u64, capped: bool) -> Verdict {
+        if self.hopeless && self.least_backlog.is_some_and(|least| backlog <= least) {
+            Verdict::Stop(StopReason::NoBetterBacklog)
+        } else if capped {
+            Verdict::Stop(StopReason::DirtyCap)
+        } else {
+            Verdict::Continue
+        }
+    }
+
+    fn called_off(&self, capped: bool) -> Verdict {
+        if self.hopeless {
+            Verdict::Abort(StopReason::OutOfReach)
+        } else if capped {
+            Verdict::Abort(StopReason::DirtyCap)
+        } else {
+            Verdict::Continue
+        }
+    }
+
+    fn slowed_down(&mut self, now: Duration, base_s: f64, capped: bool, here: Distance) -> Verdict {
+        if self.hopeless || capped || self.throttle.is_on() {
+            Verdict::Throttle(self.throttle.judge(now, base_s, self.config.sample_interval, here))
+        } else {
+            Verdict::Continue
+        }
     }
 
     /// Whether the budget was out of any policy's reach for a whole base time.
@@ -109,26 +150,46 @@ mod tests {
     /// 1000 pages at 1000 pages/s: a base of 1 s, 300 pages in the budget, 50 pages a sample.
     struct Bench {
         rule: StopRule,
+        convergence: Convergence,
         working_set: WorkingSet,
         now: Duration,
     }
 
     impl Bench {
         fn new() -> Self {
-            let config = config(1000);
-            Bench { rule: StopRule::new(config), working_set: WorkingSet::new(&config), now: Duration::ZERO }
+            Bench::with(OnNoConvergence::Stop)
+        }
+
+        fn with(on_no_convergence: OnNoConvergence) -> Self {
+            let config = Config { on_no_convergence, ..config(1000) };
+            Bench {
+                rule: StopRule::new(config),
+                convergence: Convergence::new(config),
+                working_set: WorkingSet::new(&config),
+                now: Duration::ZERO,
+            }
         }
 
         /// A sample in which the first `dirty` pages were written, with `backlog` pending and `sent` sent.
         fn judge(&mut self, dirty: u64, backlog: u64, sent: u64) -> Option<StopReason> {
-            self.now += Duration::from_millis(50);
-            self.working_set.record(&Sample { at: self.now, dirty: &pages(1000, 0..dirty) });
-            self.judge_again(&pages(1000, 0..backlog), sent)
+            match self.verdict(dirty, backlog, sent) {
+                Verdict::Continue => None,
+                Verdict::Stop(reason) => Some(reason),
+                other => panic!("{other:?}"),
+            }
         }
 
-        fn judge_again(&mut self, pending: &PageSet, sent: u64) -> Option<StopReason> {
+        fn verdict(&mut self, dirty: u64, backlog: u64, sent: u64) -> Verdict {
+            self.now += Duration::from_millis(50);
+            self.working_set.record(&Sample { at: self.now, dirty: &pages(1000, 0..dirty) });
             let link = Link { pages_per_s: 1000.0, in_flight: 0, sent };
-            self.rule.judge(&View { now: self.now, link: &link, pending, working_set: &self.working_set })
+            self.judge_again(&pages(1000, 0..backlog), link)
+        }
+
+        fn judge_again(&mut self, pending: &PageSet, link: Link) -> Verdict {
+            let view = View { now: self.now, link: &link, pending, working_set: &self.working_set };
+            self.convergence.observe(&view);
+            self.rule.judge(&view, &mut self.convergence)
         }
     }
 
@@ -141,9 +202,7 @@ mod tests {
         bench.judge(0, 1000, 0);
         bench.working_set.record(&Sample { at: bench.now, dirty: &pages(1000, []) });
         let link = Link { pages_per_s: 1000.0, in_flight: 1, sent: 0 };
-        let pending = pages(1000, 0..300);
-        let view = View { now: bench.now, link: &link, pending: &pending, working_set: &bench.working_set };
-        assert_eq!(bench.rule.judge(&view), None);
+        assert_eq!(bench.judge_again(&pages(1000, 0..300), link), Verdict::Continue);
     }
 
     #[test]
@@ -158,7 +217,8 @@ mod tests {
     fn between_samples_the_verdict_stands() {
         let mut bench = Bench::new();
         assert_eq!(bench.judge(0, 500, 0), None);
-        assert_eq!(bench.judge_again(&pages(1000, 0..10), 490), None);
+        let link = Link { pages_per_s: 1000.0, in_flight: 0, sent: 490 };
+        assert_eq!(bench.judge_again(&pages(1000, 0..10), link), Verdict::Continue);
     }
 
     #[test]
@@ -198,10 +258,61 @@ mod tests {
         let mut bench = Bench::new();
         bench.working_set.record(&Sample { at: bench.now, dirty: &pages(1000, []) });
         for pages_per_s in [0.0, -1.0, f64::NAN] {
-            let (link, pending) = (Link { pages_per_s, in_flight: 0, sent: 9999 }, pages(1000, 0..1));
-            let view =
-                View { now: bench.now, link: &link, pending: &pending, working_set: &bench.working_set };
-            assert_eq!(bench.rule.judge(&view), None);
+            let link = Link { pages_per_s, in_flight: 0, sent: 9999 };
+            assert_eq!(bench.judge_again(&pages(1000, 0..1), link), Verdict::Continue);
         }
+    }
+
+    /// Drives a guest that writes everything to where the budget is known to be out of reach; the last verdict.
+    fn until_hopeless(bench: &mut Bench) -> Verdict {
+        for step in 0..21 {
+            assert_eq!(bench.verdict(1000, 760 - step, 1001), Verdict::Continue, "not hopeless yet");
+        }
+        bench.verdict(1000, 745, 1201)
+    }
+
+    #[test]
+    fn out_of_reach_is_called_off_at_once_if_so_wanted_and_the_explanation_has_the_figures() {
+        let mut bench = Bench::with(OnNoConvergence::Abort);
+        assert_eq!(until_hopeless(&mut bench), Verdict::Abort(StopReason::OutOfReach));
+        let seen = &bench.convergence;
+        let time = seen.out_of_reach.expect("it is out of reach");
+        assert_eq!(
+            (time.least_bound, seen.least_bound),
+            (950, 950),
+            "all but what one sample interval carries"
+        );
+        assert_eq!((time.until, seen.established_at), (bench.now, Some(bench.now)));
+        assert!(time.until - time.since >= Duration::from_secs(1), "one base time");
+        assert_eq!((seen.sent, seen.pages, seen.backlog, seen.least_backlog), (1201, 1000, 745, 740));
+    }
+
+    #[test]
+    fn the_cap_too_is_called_off_if_so_wanted() {
+        let mut bench = Bench::with(OnNoConvergence::Abort);
+        assert_eq!(bench.verdict(0, 500, 1650), Verdict::Abort(StopReason::DirtyCap));
+        let mut bench = Bench::with(OnNoConvergence::Abort);
+        assert_eq!(
+            bench.verdict(0, 300, 1650),
+            Verdict::Stop(StopReason::WithinBudget),
+            "nothing to call off"
+        );
+    }
+
+    #[test]
+    fn a_throttle_is_raised_beyond_the_cap_until_the_backlog_is_within_budget() {
+        let mut bench = Bench::with(OnNoConvergence::Throttle);
+        assert_eq!(until_hopeless(&mut bench), Verdict::Throttle(20));
+        let mut percents = vec![20];
+        for step in 0..60 {
+            let Verdict::Throttle(percent) = bench.verdict(1000, 760, 1300 + 50 * step) else {
+                panic!("nothing but the budget ends it");
+            };
+            percents.push(percent);
+        }
+        percents.dedup();
+        assert_eq!(percents, [20, 30, 40, 50, 60, 70, 80, 90, 95], "a step every quarter of a base time");
+        assert_eq!(bench.verdict(0, 301, 5000), Verdict::Throttle(95), "it stays on");
+        assert_eq!(bench.verdict(0, 300, 5000), Verdict::Stop(StopReason::WithinBudget));
     }
 }

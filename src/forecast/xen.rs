@@ -7,7 +7,7 @@
 
 use super::policy::{Policy, View};
 use super::rounds::Rounds;
-use super::{Next, Peek, Sample, StopReason, WorkingSet};
+use super::{Convergence, Next, Peek, Sample, StopReason, Verdict, WorkingSet};
 use crate::page::Pfn;
 use crate::page_set::PageSet;
 
@@ -62,8 +62,8 @@ impl Policy for Xen {
         Some(self.rounds.log())
     }
 
-    fn stop(&mut self, view: &View) -> Option<StopReason> {
-        self.rounds.stop(view)
+    fn stop(&mut self, view: &View, _: &mut Convergence) -> Verdict {
+        self.rounds.stop(view).into()
     }
 
     fn deferred(&self, _: &PageSet) -> u64 {

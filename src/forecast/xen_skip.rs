@@ -8,7 +8,7 @@
 
 use super::legacy_loop::LegacyLoop;
 use super::policy::{Policy, View};
-use super::{Next, Peek, Sample, StopReason, WorkingSet};
+use super::{Convergence, Next, Peek, Sample, Verdict, WorkingSet};
 use crate::page::Pfn;
 use crate::page_set::PageSet;
 
@@ -76,8 +76,8 @@ impl Policy for XenSkip {
         Some(self.legacy.rounds.log())
     }
 
-    fn stop(&mut self, view: &View) -> Option<StopReason> {
-        self.legacy.rounds.stop(view)
+    fn stop(&mut self, view: &View, _: &mut Convergence) -> Verdict {
+        self.legacy.rounds.stop(view).into()
     }
 
     fn deferred(&self, _: &PageSet) -> u64 {
@@ -92,8 +92,7 @@ impl Policy for XenSkip {
 #[cfg(test)]
 mod tests {
     use super::super::simulation::{Simulation, config};
-    use super::*;
-    use crate::forecast::{PolicyKind, Verdict};
+    use crate::forecast::{PolicyKind, StopReason, Verdict};
 
     fn xen_skip(nr_pages: u64) -> Simulation {
         Simulation::new(PolicyKind::XenSkip, config(nr_pages), 1000.0)

@@ -32,6 +32,9 @@ pub enum GuestError {
     /// It answered that it cannot.
     #[error("the guest refused: {0}")]
     Refused(String),
+    /// This kind of guest has no such thing as a throttle.
+    #[error("this guest cannot be slowed down; use --on-no-convergence stop or abort")]
+    NoThrottle,
     /// It answered something else than it was asked.
     #[error("the guest's answer makes no sense ({0}); is it the same version of pagecast?")]
     Protocol(String),
@@ -54,7 +57,14 @@ pub trait GuestControl {
     fn set_log_dirty(&mut self, on: bool) -> Result<(), GuestError>;
     /// Stops the guest; returns once its last instruction is done.
     fn suspend(&mut self) -> Result<(), GuestError>;
-    /// Ends dirty logging and lets the guest run on.
+    /// Has the guest stand still for `percent` of its time (95 at most) until told otherwise; 0 takes the throttle off. Resuming
+    /// the guest takes it off too, and so does the end of this control. A guest that can be slowed down accepts 0 at any
+    /// time, which then changes nothing: that is how to find out.
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        let _ = percent;
+        Err(GuestError::NoThrottle)
+    }
+    /// Ends dirty logging and lets the guest run on at full speed.
     fn resume(&mut self) -> Result<(), GuestError>;
     /// Gives the suspended guest away over `connection`, on which the destination is ready.
     fn hand_over(

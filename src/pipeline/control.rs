@@ -16,8 +16,8 @@ use super::mapper::{MapMode, MapperReport};
 use super::outcome::{Bound, CpuTimes, Downtime, Migration, MigrationError, Phase, Progress};
 use super::scanner::{Event, Order, ScannerReport};
 use super::sender::{SendError, SenderReport};
-use super::settings::{AtLimit, Settings};
-use crate::forecast::StopReason;
+use super::settings::Settings;
+use crate::forecast::{OnNoConvergence, StopReason};
 use crate::guest::{GuestControl, GuestError, HandOver};
 use crate::page::PAGE_SIZE;
 use crate::stream::{DomainHeader, GuestType, RecordType, end, record, stream_head};
@@ -52,6 +52,10 @@ pub fn migrate(
     observer: &mut dyn Observer,
 ) -> Result<Migration, MigrationError> {
     let begun = Instant::now();
+    if settings.on_no_convergence == OnNoConvergence::Throttle {
+        // Changes nothing, and shows whether it can be done.
+        guest.throttle(0).map_err(|source| at(Phase::Prepare, source))?;
+    }
     let migration = session::new_migration()
         .map_err(|error| MigrationError::Setup(format!("no random numbers: {error}")))?;
     let connections = connect(guest.nr_pages(), settings, destination, &migration, abort)?;
@@ -66,6 +70,7 @@ pub fn migrate(
         observer,
         connections,
         phase: Phase::Precopy,
+        throttle_percent: 0,
         verify_cpu: Duration::ZERO,
     };
     let result = run.live(&mut lanes, destination, &migration);
@@ -176,6 +181,8 @@ struct Run<'a> {
     observer: &'a mut dyn Observer,
     connections: Vec<Arc<TcpStream>>,
     phase: Phase,
+    /// By how much the guest is slowed down now.
+    throttle_percent: u8,
     /// CPU time of this thread that went into verifying, which is no part of a migration.
     verify_cpu: Duration,
 }
@@ -206,6 +213,8 @@ impl Run<'_> {
         self.guest.suspend().map_err(|source| at(Phase::Suspend, source))?;
         let suspended = Instant::now();
         let _ = order.send(Order::Final);
+        // It stands still altogether; whoever lets it run again, and wherever, is to find it at full speed.
+        self.throttle(0)?;
         self.enter(Phase::FinalSend);
         let (scanned, final_pages) = self.await_final_set(lanes, &events)?;
         let (scanner, mappers, senders) = self.await_drained(lanes, started)?;
@@ -253,6 +262,7 @@ impl Run<'_> {
             registered: senders.iter().all(|sender| sender.registered),
             send: lanes.send,
             stop_reason,
+            convergence: scanner.engine.convergence().clone(),
             cpu: CpuTimes {
                 scan: scanner.cpu,
                 map: mappers.iter().map(|mapper| mapper.cpu).sum(),
@@ -285,6 +295,7 @@ impl Run<'_> {
             deferred: status.deferred.load(Ordering::Relaxed),
             dirty_pages_per_s: status.dirty_pages_per_s.load(Ordering::Relaxed),
             forecast_downtime: Duration::from_micros(status.forecast_downtime_us.load(Ordering::Relaxed)),
+            throttle_percent: self.throttle_percent,
         });
     }
 
@@ -297,13 +308,11 @@ impl Run<'_> {
     ) -> Result<StopReason, MigrationError> {
         loop {
             match events.recv_timeout(LOOK) {
-                Ok(Event::Stop(StopReason::MaxTime)) if self.settings.at_limit == AtLimit::Abort => {
-                    let limit = self.settings.max_time.as_secs_f64();
-                    return Err(
-                        self.aborted(format!("not done within {limit} s (--max-time, --at-limit abort)"))
-                    );
-                }
                 Ok(Event::Stop(reason)) => return Ok(reason),
+                Ok(Event::CallOff(convergence)) => {
+                    return Err(MigrationError::NoConvergence { phase: self.phase, convergence });
+                }
+                Ok(Event::Throttle(percent)) => self.throttle(percent)?,
                 Ok(Event::Failed(source)) => return Err(at(self.phase, source)),
                 Ok(Event::FinalSet { .. }) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(self.broken()),
@@ -311,6 +320,15 @@ impl Run<'_> {
             self.look(lanes)?;
             self.show(lanes, started);
         }
+    }
+
+    /// Slows the guest down by `percent`, if it is not yet.
+    fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
+        if percent != self.throttle_percent {
+            self.guest.throttle(percent).map_err(|source| at(self.phase, source))?;
+            self.throttle_percent = percent;
+        }
+        Ok(())
     }
 
     /// Errs when the migration is to end here.
@@ -339,7 +357,8 @@ impl Run<'_> {
             match events.recv_timeout(LOOK) {
                 Ok(Event::FinalSet { pages }) => return Ok((Instant::now(), pages)),
                 Ok(Event::Failed(source)) => return Err(at(self.phase, source)),
-                Ok(Event::Stop(_)) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(Event::Stop(_) | Event::CallOff(_) | Event::Throttle(_))
+                | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(self.broken()),
             }
             self.look(lanes)?;
@@ -456,6 +475,7 @@ impl Run<'_> {
             let _ = connection.shutdown(Shutdown::Both);
         }
         // The guest's own process does the same when this connection to it closes.
+        let _ = self.throttle(0);
         let _ = self.guest.set_log_dirty(false);
         let _ = self.guest.resume();
         error
@@ -481,4 +501,77 @@ fn writes_per_s(before: Option<(u64, Duration)>, after: Option<(u64, Duration)>)
     let ((writes_before, time_before), (writes_after, time_after)) = (before?, after?);
     let time = time_after.checked_sub(time_before)?.as_secs_f64();
     (time > 0.0).then(|| writes_after.saturating_sub(writes_before) as f64 / time)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::forecast::PolicyKind;
+    use crate::guest::{DirtyLog, PageSource};
+    use crate::pipeline::settings::{Pins, SendMode};
+
+    /// A guest that cannot be slowed down, and that nobody is to touch.
+    struct Untouchable;
+
+    impl GuestControl for Untouchable {
+        fn nr_pages(&self) -> u64 {
+            unreachable!()
+        }
+        fn set_log_dirty(&mut self, _: bool) -> Result<(), GuestError> {
+            unreachable!()
+        }
+        fn suspend(&mut self) -> Result<(), GuestError> {
+            unreachable!()
+        }
+        fn resume(&mut self) -> Result<(), GuestError> {
+            unreachable!()
+        }
+        fn hand_over(&mut self, _: OwnedFd, _: &str, _: &str) -> Result<HandOver, GuestError> {
+            unreachable!()
+        }
+        fn work_done(&mut self) -> Result<Option<(u64, Duration)>, GuestError> {
+            unreachable!()
+        }
+        fn take_dirty_log(&mut self) -> Result<Box<dyn DirtyLog>, GuestError> {
+            unreachable!()
+        }
+        fn page_source(&mut self) -> Box<dyn PageSource> {
+            unreachable!()
+        }
+        fn context(&mut self, _: &DomainHeader, _: bool) -> Vec<u8> {
+            unreachable!()
+        }
+    }
+
+    struct Blind;
+
+    impl Observer for Blind {
+        fn progress(&mut self, _: &Progress) {
+            unreachable!()
+        }
+    }
+
+    #[test]
+    fn a_guest_without_a_throttle_is_refused_before_anything_is_touched() {
+        let settings = Settings {
+            policy: PolicyKind::Ar,
+            downtime_budget: Duration::from_millis(300),
+            max_time: Duration::from_secs(60),
+            on_no_convergence: OnNoConvergence::Throttle,
+            sample_interval: Duration::from_millis(50),
+            bandwidth: None,
+            send: SendMode::Auto,
+            lanes: 1,
+            pins: Pins::among(&[0], 1),
+            spin: false,
+            slots: 16,
+            verify: false,
+        };
+        let never = AtomicBool::new(false);
+        let error =
+            migrate(&mut Untouchable, &settings, "nowhere:0", &never, &mut Blind).expect_err("no throttle");
+        let said = error.to_string();
+        assert!(said.contains("cannot be slowed down; use --on-no-convergence stop or abort"), "{said}");
+        assert!(!said.contains('\n'));
+    }
 }

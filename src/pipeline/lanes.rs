@@ -144,6 +144,7 @@ impl Lanes {
                 sample_interval: settings.sample_interval,
                 max_time: settings.max_time,
                 fixed_downtime: FIXED_DOWNTIME.min(settings.downtime_budget / 4),
+                on_no_convergence: settings.on_no_convergence,
             },
         );
         let cadence = Cadence { sample_interval: settings.sample_interval, bandwidth: settings.bandwidth };

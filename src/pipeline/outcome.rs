@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::forecast::StopReason;
+use crate::forecast::{Convergence, StopReason};
 use crate::guest::GuestError;
 use crate::transport::ledger::Counters;
 
@@ -55,6 +55,8 @@ pub struct Progress {
     pub dirty_pages_per_s: u64,
     /// What stopping now would cost the guest.
     pub forecast_downtime: Duration,
+    /// By how much the guest is slowed down, in percent.
+    pub throttle_percent: u8,
 }
 
 /// Where the guest's stand-still went.
@@ -140,6 +142,8 @@ pub struct Migration {
     pub send: &'static str,
     /// Why pre-copy ended.
     pub stop_reason: StopReason,
+    /// How far the budget was away, and what was done about it.
+    pub convergence: Convergence,
     /// CPU time by thread.
     pub cpu: CpuTimes,
     /// Get-and-clears of the dirty log, and the time they took.
@@ -206,7 +210,15 @@ pub enum MigrationError {
     /// Slots, rings, threads or buffers are not to be had.
     #[error("cannot set up the pipeline: {0}")]
     Setup(String),
-    /// Ctrl-C, or the limit with `--at-limit abort`.
+    /// Pre-copy cannot converge, or has not by the limit, and `--on-no-convergence abort` was asked for.
+    #[error("{phase}: {convergence}")]
+    NoConvergence {
+        /// When.
+        phase: Phase,
+        /// What was seen.
+        convergence: Box<Convergence>,
+    },
+    /// Ctrl-C.
     #[error("{phase}: {reason}")]
     Aborted {
         /// When.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::batch::{BATCH_PAGES, Batch};
 use super::ring::{Consumer, Producer, PushError};
 use super::shared::Shared;
-use crate::forecast::{Engine, Link, Next, Peek, Sample, StopReason, Verdict};
+use crate::forecast::{Convergence, Engine, Link, Next, Peek, Sample, StopReason, Verdict};
 use crate::guest::{DirtyLog, GuestError};
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
@@ -38,6 +38,10 @@ pub enum Order {
 pub enum Event {
     /// The policy wants to stop and copy.
     Stop(StopReason),
+    /// The migration is to be called off, because of this.
+    CallOff(Box<Convergence>),
+    /// The guest is to stand still for this share of its time, in percent.
+    Throttle(u8),
     /// The last sample is taken; so many pages are left to send.
     FinalSet {
         /// Pages in the final set.
@@ -192,11 +196,10 @@ impl Scanner {
             if due {
                 self.sample()?;
                 round_over = false;
-                if let Verdict::Stop(reason) = self.engine.verdict(self.started.elapsed(), &self.link()) {
-                    let _ = self.events.send(Event::Stop(reason));
+                stopping = self.heed_verdict();
+                if stopping {
                     // Until the guest stands still nothing more is handed out, which says nothing about the link.
                     self.rate.note_idle();
-                    stopping = true;
                     continue;
                 }
             }
@@ -222,6 +225,20 @@ impl Scanner {
             idle.wait(self.next_sample.saturating_sub(self.started.elapsed()));
         }
         Ok(())
+    }
+
+    /// Asks the forecast whether to go on, and tells control if anything is to be done; whether pre-copy ends.
+    fn heed_verdict(&mut self) -> bool {
+        let throttle_percent = self.engine.convergence().throttle_percent();
+        let event = match self.engine.verdict(self.started.elapsed(), &self.link()) {
+            Verdict::Throttle(percent) if percent != throttle_percent => Event::Throttle(percent),
+            Verdict::Continue | Verdict::Throttle(_) => return false,
+            Verdict::Stop(reason) => Event::Stop(reason),
+            Verdict::Abort(_) => Event::CallOff(Box::new(self.engine.convergence().clone())),
+        };
+        let ends = !matches!(event, Event::Throttle(_));
+        let _ = self.events.send(event);
+        ends
     }
 
     fn in_flight(&self) -> u64 {

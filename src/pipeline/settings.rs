@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::forecast::PolicyKind;
+use crate::forecast::{OnNoConvergence, PolicyKind};
 
 /// How pages get onto the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -42,27 +42,6 @@ impl FromStr for SendMode {
     fn from_str(name: &str) -> Result<Self, String> {
         let known = Self::ALL.into_iter().find(|mode| mode.to_string() == name);
         known.ok_or_else(|| format!("there is no send mode {name:?}; choose direct, staged, copy or auto"))
-    }
-}
-
-/// What happens when the time for a migration is up and the guest still writes faster than it can be sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AtLimit {
-    /// Suspend the guest and send the rest, however long that takes.
-    Stop,
-    /// Give up; the guest runs on at the source.
-    Abort,
-}
-
-impl FromStr for AtLimit {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "stop" => Ok(AtLimit::Stop),
-            "abort" => Ok(AtLimit::Abort),
-            _ => Err(format!("{name:?} is no way to end; choose stop or abort")),
-        }
     }
 }
 
@@ -149,8 +128,8 @@ pub struct Settings {
     pub downtime_budget: Duration,
     /// How long the guest may be migrated live.
     pub max_time: Duration,
-    /// What happens then.
-    pub at_limit: AtLimit,
+    /// What happens then, and when the forecast finds before that pre-copy cannot converge.
+    pub on_no_convergence: OnNoConvergence,
     /// Time between two samples of the dirty log.
     pub sample_interval: Duration,
     /// The most to send, in bytes per second.

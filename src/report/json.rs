@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{Report, ms, per_gb};
+use crate::forecast::Convergence;
 use crate::pipeline::outcome::Progress;
 
 /// One progress line.
@@ -17,12 +18,58 @@ pub fn progress(progress: &Progress) -> Value {
         "pages_deferred": progress.deferred,
         "dirty_pages_per_s": progress.dirty_pages_per_s,
         "forecast_downtime_ms": ms(progress.forecast_downtime),
+        "throttle_percent": progress.throttle_percent,
     })
 }
 
-/// The line of a migration that was not done; where the guest is by now is part of `message`.
-pub fn failed(message: &str) -> Value {
-    json!({ "event": "failed", "message": message })
+/// The line of a migration that was not done; where the guest is by now is part of `message`. If it was called off
+/// because it did not converge, with what was seen.
+pub fn failed(message: &str, seen: Option<&Convergence>) -> Value {
+    let mut line = json!({ "event": "failed", "message": message });
+    if let Some(seen) = seen {
+        line["convergence"] = convergence(seen);
+    }
+    line
+}
+
+/// What was seen of the convergence and what was decided. `*_downtime_ms` is what stopping at that many pages would have
+/// cost, at the speed that the link had last; times `*_at_ms` are since the start of dirty logging.
+pub fn convergence(seen: &Convergence) -> Value {
+    let out_of_reach = seen.out_of_reach.map(|time| {
+        json!({
+            "since_at_ms": ms(time.since),
+            "until_at_ms": ms(time.until),
+            "least_bound_pages": time.least_bound,
+            "least_bound_downtime_ms": ms(seen.downtime(time.least_bound)),
+        })
+    });
+    let throttle: Vec<_> = seen
+        .throttle_steps
+        .iter()
+        .map(|step| json!({ "at_ms": ms(step.at), "percent": step.percent, "backlog_pages": step.backlog }))
+        .collect();
+    json!({
+        "on_no_convergence": seen.wanted().to_string(),
+        "decision": seen.decision.map(|decision| if decision.aborted { "abort" } else { "stop" }),
+        "decided_at_ms": seen.decision.map(|decision| ms(decision.at)),
+        "reason": seen.decision.map(|decision| decision.reason.to_string()),
+        "explanation": seen.to_string(),
+        "out_of_reach": out_of_reach,
+        "established_at_ms": seen.established_at.map(ms),
+        "bound_pages": seen.bound,
+        "bound_downtime_ms": ms(seen.downtime(seen.bound)),
+        "least_bound_pages": seen.least_bound,
+        "least_bound_downtime_ms": ms(seen.downtime(seen.least_bound)),
+        "backlog_pages": seen.backlog,
+        "backlog_downtime_ms": ms(seen.downtime(seen.backlog)),
+        "least_backlog_pages": seen.least_backlog,
+        "least_backlog_downtime_ms": ms(seen.downtime(seen.least_backlog)),
+        "pages_needed": seen.pages,
+        "pages_sent": seen.sent,
+        "sent_over_memory": seen.sent_over_memory(),
+        "least_unthrottled_backlog_pages": seen.least_unthrottled_backlog,
+        "throttle": throttle,
+    })
 }
 
 /// The line of a finished migration. Times are milliseconds, `pages_*` are pages of 4 KiB, `bytes_*` bytes.
@@ -80,6 +127,7 @@ pub fn report(report: &Report) -> Value {
             "control": per_gb(m.cpu.control, m.bytes),
             "receive": per_gb(m.cpu.receive, m.bytes),
         },
+        "convergence": convergence(&m.convergence),
         "guest_errors": report.guest.map(|guest| guest.errors),
         "guest_slowdown": report.slowdown(),
         "guest": report.guest,

@@ -83,9 +83,13 @@ impl Observer for Display {
 
 fn line(progress: &Progress, megabytes_per_s: f64) -> String {
     let mib = |pages: u64| (pages * PAGE_SIZE as u64) >> 20;
+    let slowed = match progress.throttle_percent {
+        0 => String::new(),
+        percent => format!("  guest slowed down by {percent} %"),
+    };
     format!(
         "{:>5.1} s  {:<10}  sent {:>6} pages ({} MiB)  pending {:>6}  deferred {:>6}  {:>5.0} MB/s  \
-         dirty {:>6} pages/s  downtime if stopped now {:.0} ms",
+         dirty {:>6} pages/s  downtime if stopped now {:.0} ms{slowed}",
         progress.elapsed.as_secs_f64(),
         progress.phase.to_string(),
         progress.pages_sent,

@@ -3,6 +3,8 @@
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::{Report, ms, per_gb};
+use crate::forecast::Convergence;
+use crate::forecast::convergence::ThrottleStep;
 
 /// The table of one migration.
 pub fn one(report: &Report) -> String {
@@ -26,6 +28,9 @@ pub fn one(report: &Report) -> String {
         row("  verification, not counted", format!("{:.1} ms", ms(d.verify)));
     }
     row("stopped because", m.stop_reason.to_string());
+    if !m.convergence.is_plain() {
+        convergence_rows(&m.convergence, &mut row);
+    }
     row("pages sent", format!("{} of {}: rho {:.3}", m.transmissions, m.pages, m.rho()));
     row("  wasted (written again later)", m.wasted().to_string());
     row("  zero pages, without data", m.zero_pages.to_string());
@@ -57,6 +62,31 @@ pub fn one(report: &Report) -> String {
         );
     }
     table.to_string()
+}
+
+/// Why it did not simply converge. Downtimes are those of stopping then, at the speed that the link had last.
+fn convergence_rows(seen: &Convergence, row: &mut dyn FnMut(&str, String)) {
+    let downtime = |pages| format!("{:.0} ms", ms(seen.downtime(pages)));
+    let text = seen.to_string();
+    let mut parts = text.split("; ");
+    row("convergence", parts.next().unwrap_or_default().to_owned());
+    parts.for_each(|part| row("", part.to_owned()));
+    row("  wanted then", seen.wanted().to_string());
+    if let Some(at) = seen.established_at {
+        row("  certain after", format!("{:.1} s", at.as_secs_f64()));
+    }
+    let (least, last) = (downtime(seen.least_bound), downtime(seen.bound));
+    row("  downtime, best order possible", format!("{least} at best, {last} in the end"));
+    let (least, last) = (downtime(seen.least_backlog), downtime(seen.backlog));
+    row("  downtime, this order", format!("{least} at best, {last} in the end"));
+    if !seen.throttle_steps.is_empty() {
+        let step = |step: &ThrottleStep| format!("{} % at {:.1} s", step.percent, step.at.as_secs_f64());
+        for (index, steps) in seen.throttle_steps.chunks(5).enumerate() {
+            let name = if index == 0 { "  guest slowed down by" } else { "" };
+            row(name, steps.iter().map(step).collect::<Vec<_>>().join(", "));
+        }
+        row("", "until it was suspended; at full speed at the destination".to_owned());
+    }
 }
 
 fn bound_text(report: &Report) -> String {
@@ -149,9 +179,19 @@ pub fn side_by_side(reports: &[Report]) -> String {
     table.to_string()
 }
 
-/// What the first report saved against each of the others, a line each.
+/// What the first report saved against each of the others, a line each. A guest that was slowed down is no measure for one
+/// that was not.
 pub fn savings(reports: &[Report]) -> String {
     let Some((first, others)) = reports.split_first() else { return String::new() };
+    match first.migration.convergence.throttle_percent() {
+        0 => {}
+        percent => {
+            return format!(
+                "not to be compared: {} slowed the guest down by up to {percent} %, the others let it write on",
+                first.policy
+            );
+        }
+    }
     let saved = |ours: f64, theirs: f64, less: &str| {
         let percent = (1.0 - ours / theirs) * 100.0;
         format!("{:.1} % {}", percent.abs(), if percent >= 0.0 { less } else { "more" })

@@ -6,12 +6,17 @@
 //! then do the pages of the round become pending, those just sent included. With the stop at the start of round T,
 //! TMT = (T - start) period + backlog / B.
 //!
+//! A trace is what it is: a guest that is slowed down would have written otherwise. Under `OnNoConvergence::Throttle` a
+//! replay goes on as if the throttle had no effect, to the budget, the time limit or the end of the trace.
+//!
 //! The forecast's own cost, the network and the pause of a sample are not in the model.
 
 use std::time::{Duration, Instant};
 
 use super::format::{Run, Trace, runs_of};
-use crate::forecast::{Config, Engine, Link, Next, Peek, PolicyKind, Sample, StopReason, Verdict};
+use crate::forecast::{
+    Config, Convergence, Engine, Link, Next, OnNoConvergence, Peek, PolicyKind, Sample, StopReason, Verdict,
+};
 use crate::page::Pfn;
 use crate::page_set::PageSet;
 
@@ -39,6 +44,8 @@ pub struct Setting {
     pub budget_s: f64,
     /// After this time every policy stops, in seconds.
     pub max_time_s: f64,
+    /// What the policy's own rule does if the budget is out of reach, and at the time limit.
+    pub on_no_convergence: OnNoConvergence,
 }
 
 /// How a replayed migration went.
@@ -48,9 +55,13 @@ pub struct Outcome {
     pub stop_round: usize,
     /// Why it stopped; none if the trace ended first.
     pub reason: Option<StopReason>,
+    /// Whether it was called off then: nothing was sent with the guest paused, and the total time is that up to there.
+    pub aborted: bool,
+    /// What was decided, with its reasons.
+    pub convergence: Convergence,
     /// Pages sent before the stop, each as often as it was sent.
     pub sent: u64,
-    /// Pages left at the stop, sent with the guest paused.
+    /// Pages left at the stop, sent with the guest paused unless it was called off.
     pub backlog: u64,
     /// Total migration time in seconds, the stop phase included.
     pub tmt_s: f64,
@@ -139,6 +150,7 @@ impl<'a> Replay<'a> {
             sample_interval: period,
             max_time: Duration::from_secs_f64(setting.max_time_s),
             fixed_downtime: Duration::ZERO,
+            on_no_convergence: setting.on_no_convergence,
         };
         let pages_per_s = setting.pages_per_round / trace.period_s();
         Replay {
@@ -169,8 +181,8 @@ impl<'a> Replay<'a> {
         self.forecast_time += began.elapsed();
         match self.setting.stop {
             StopAt::Own => match verdict {
-                Verdict::Stop(reason) => Some(reason),
-                Verdict::Continue => None,
+                Verdict::Stop(reason) | Verdict::Abort(reason) => Some(reason),
+                Verdict::Continue | Verdict::Throttle(_) => None,
             },
             StopAt::Budget if self.engine.pending().len() as f64 <= self.budget_pages() => {
                 Some(StopReason::WithinBudget)
@@ -225,15 +237,20 @@ impl<'a> Replay<'a> {
 
     fn outcome(self, stop_round: usize, reason: Option<StopReason>) -> Outcome {
         let backlog = self.engine.pending().len();
-        let downtime_s = backlog as f64 / self.link.pages_per_s;
+        let convergence = self.engine.convergence().clone();
+        let own = self.setting.stop == StopAt::Own;
+        let aborted = own && convergence.decision.is_some_and(|decision| decision.aborted);
+        let downtime_s = if aborted { 0.0 } else { backlog as f64 / self.link.pages_per_s };
         Outcome {
             stop_round,
             reason,
+            aborted,
+            convergence,
             sent: self.link.sent,
             backlog,
             tmt_s: (stop_round - self.setting.start) as f64 * self.trace.period_s() + downtime_s,
             downtime_s,
-            converged: backlog as f64 <= self.budget_pages(),
+            converged: !aborted && backlog as f64 <= self.budget_pages(),
             dirty_pages: self.dirty_pages,
             forecast_time: self.forecast_time,
             state_bytes: self.engine.state_bytes(),
@@ -272,7 +289,15 @@ pub(super) mod tests {
     }
 
     fn setting(policy: PolicyKind, stop: StopAt) -> Setting {
-        Setting { policy, stop, start: 0, pages_per_round: 20.5, budget_s: 0.1, max_time_s: 600.0 }
+        Setting {
+            policy,
+            stop,
+            start: 0,
+            pages_per_round: 20.5,
+            budget_s: 0.1,
+            max_time_s: 600.0,
+            on_no_convergence: OnNoConvergence::Stop,
+        }
     }
 
     #[derive(Default)]
@@ -342,6 +367,29 @@ pub(super) mod tests {
         let outcome = replay(&trace, &setting(PolicyKind::Xen, StopAt::Own), &mut Unobserved);
         assert_eq!(outcome.reason, Some(StopReason::FewDirty));
         assert_eq!((outcome.stop_round, outcome.sent), (26, 513), "one page of a second round, and no third");
+    }
+
+    #[test]
+    fn a_migration_that_is_called_off_is_charged_up_to_there_and_has_no_downtime() {
+        let trace = trace_of(&vec![(0..512).collect(); 300]);
+        let stopped = setting(PolicyKind::Ar, StopAt::Own);
+        let aborted = Setting { on_no_convergence: OnNoConvergence::Abort, ..stopped };
+        let (stopped, aborted) =
+            (replay(&trace, &stopped, &mut Unobserved), replay(&trace, &aborted, &mut Unobserved));
+        assert!(!stopped.aborted && stopped.downtime_s > 0.0 && !stopped.converged);
+        let reasons = [Some(StopReason::OutOfReach), Some(StopReason::DirtyCap)];
+        assert!(aborted.aborted && reasons.contains(&aborted.reason), "{:?}", aborted.reason);
+        assert_eq!((aborted.converged, aborted.downtime_s), (false, 0.0));
+        assert!((aborted.tmt_s - 0.05 * aborted.stop_round as f64).abs() < 1e-9);
+        assert!(
+            aborted.convergence.to_string().contains("no order of sending could have left less than"),
+            "{}",
+            aborted.convergence
+        );
+        let throttled =
+            Setting { on_no_convergence: OnNoConvergence::Throttle, ..setting(PolicyKind::Ar, StopAt::Own) };
+        let throttled = replay(&trace, &throttled, &mut Unobserved);
+        assert_eq!((throttled.reason, throttled.stop_round), (None, 300), "the trace is what it is");
     }
 
     #[test]

@@ -231,7 +231,7 @@ fn out_of_time_the_guest_stays_if_so_wanted() {
     let folder = Folder::new();
     let (_process, guest) = start_guest(&folder.path("home"), &["--memory=16MiB", "--workload=storm"]);
     let (_receiver, address) = start_receiver(&folder.path("away"), &[]);
-    let limit = ["--bandwidth=10MB", "--max-time=300ms", "--at-limit=abort"];
+    let limit = ["--bandwidth=10MB", "--max-time=300ms", "--on-no-convergence=abort"];
     let (code, said) = start_send(&folder.path("home"), &address, &limit).end();
     assert_eq!(code, Some(3), "{said}");
     assert!(said.contains("--max-time") && said.contains("the guest runs on at the source"), "{said}");

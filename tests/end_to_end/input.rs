@@ -41,7 +41,7 @@ fn bad_options_are_refused_in_one_line() {
         ("--budget", "300", "300ms"),
         ("--budget", "0ms", "1ms at least"),
         ("--max-time", "0s", "more than nothing"),
-        ("--at-limit", "retry", "stop or abort"),
+        ("--on-no-convergence", "retry", "stop, abort or throttle"),
         ("--lanes", "0", "1..=64"),
         ("--send", "fast", "direct, staged, copy or auto"),
         ("--pin", "map", "STAGE=CORES"),

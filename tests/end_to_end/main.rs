@@ -1,6 +1,7 @@
 //! End to end: the program as a user runs it, in several processes on one machine.
 
 mod capture;
+mod convergence;
 mod faults;
 mod harness;
 mod input;

@@ -92,7 +92,15 @@ impl ArenaGuest {
     /// The guest's counters, and whether it is running.
     pub fn stats(&self) -> Result<(Stats, bool), GuestError> {
         match self.request(&Request::Stats, &[])? {
-            Answer::Stats { stats, running } => Ok((stats, running)),
+            Answer::Stats { stats, running, .. } => Ok((stats, running)),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Share of its time that the guest is made to stand still, in percent.
+    pub fn throttle_percent(&self) -> Result<u8, GuestError> {
+        match self.request(&Request::Stats, &[])? {
+            Answer::Stats { throttle_percent, .. } => Ok(throttle_percent),
             other => Err(unexpected(other)),
         }
     }
@@ -155,6 +163,10 @@ impl GuestControl for ArenaGuest {
 
     fn suspend(&mut self) -> Result<(), GuestError> {
         self.expect_done(&Request::Suspend)
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        self.expect_done(&Request::Throttle { percent })
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {

@@ -15,7 +15,7 @@ use rustix::net::{
 
 use super::handover;
 use super::protocol::{Answer, Request};
-use super::vcpu::{Start, Stopped, Vcpu};
+use super::vcpu::{MOST_THROTTLE_PERCENT, Start, Stopped, Vcpu};
 use super::{MachineError, Spec, Stats};
 use crate::guest::HandOver;
 use crate::page::PAGE_SIZE;
@@ -87,7 +87,7 @@ impl Drop for ControlSocket {
     }
 }
 
-/// Who may tell the guest what to do. A connection that starts the dirty log or suspends the guest takes it; others
+/// Who may tell the guest what to do. A connection that starts the dirty log, slows the guest down or suspends it takes it; others
 /// may only look on until that connection has put everything back, or has gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Tenure {
@@ -303,15 +303,27 @@ impl Connection<'_> {
                 let _tenure = self.lease()?;
                 self.host.vcpu.suspend().map_err(stopped)?;
             }
+            // To take off what one has not put on changes nothing, and needs no lease.
+            Request::Throttle { percent: 0 } if *self.tenure() == Tenure::Free => {}
+            Request::Throttle { percent } => {
+                if percent > MOST_THROTTLE_PERCENT {
+                    return Err(format!(
+                        "{percent} % is too much; slow it down by {MOST_THROTTLE_PERCENT} % at most"
+                    ));
+                }
+                let _tenure = self.lease()?;
+                self.host.vcpu.throttle(percent).map_err(stopped)?;
+            }
             Request::Resume => {
                 let mut tenure = self.lease()?;
                 self.host.set_log_dirty(false)?;
+                self.host.vcpu.throttle(0).map_err(stopped)?;
                 self.host.vcpu.resume().map_err(stopped)?;
                 *tenure = Tenure::Free;
             }
             Request::Stats => {
-                let (stats, running) = self.host.vcpu.stats().map_err(stopped)?;
-                return Ok(Answer::Stats { stats, running });
+                let (stats, running, throttle_percent) = self.host.vcpu.stats().map_err(stopped)?;
+                return Ok(Answer::Stats { stats, running, throttle_percent });
             }
             Request::Check => {
                 let report = self.host.vcpu.check().map_err(stopped)?;
@@ -341,7 +353,8 @@ impl Connection<'_> {
         let connection = descriptors.pop().ok_or("a hand-over needs the connection to the destination")?;
         {
             let mut tenure = self.lease()?;
-            let (_, running): (Stats, bool) = self.host.vcpu.stats().map_err(|error| error.to_string())?;
+            let (_, running, _): (Stats, bool, u8) =
+                self.host.vcpu.stats().map_err(|error| error.to_string())?;
             if running {
                 return Err("only a suspended guest can be handed over".to_owned());
             }
@@ -374,7 +387,7 @@ impl Connection<'_> {
                 if let Err(error) = self.host.set_log_dirty(false) {
                     console::complain(format_args!("pagecast guest: {error}"));
                 }
-                if let Err(error) = self.host.vcpu.resume() {
+                if let Err(error) = self.host.vcpu.throttle(0).and_then(|()| self.host.vcpu.resume()) {
                     console::complain(format_args!("pagecast guest: {error}"));
                 }
                 *tenure = Tenure::Free;

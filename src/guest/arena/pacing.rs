@@ -51,6 +51,15 @@ impl Machine<'_> {
         Advance { ops, next_due_in: Duration::from_nanos(self.cpu.next_due_ns.saturating_sub(now_ns)) }
     }
 
+    /// Lets `elapsed` pass in the guest while its processor is kept from running. What would have been due in that time is
+    /// late by as much, and not made good: a guest that is slowed down does less.
+    pub fn stand_still(&mut self, elapsed: Duration) {
+        let elapsed_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+        self.cpu.guest_time_ns = self.cpu.guest_time_ns.saturating_add(elapsed_ns);
+        self.cpu.next_due_ns = self.cpu.next_due_ns.saturating_add(elapsed_ns);
+        self.store_cpu();
+    }
+
     fn interval_ns(&self, pace: Pace) -> u64 {
         match self.cpu.spec.effective_rate() {
             0 => 0,

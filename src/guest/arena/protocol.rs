@@ -1,9 +1,9 @@
 //! What is said on an arena guest's control socket: one JSON document a message, descriptors beside it, one answer
 //! to each request.
 //!
-//! A connection that suspends the guest or starts its dirty log holds a lease until it resumes the guest: meanwhile other
+//! A connection that suspends the guest, slows it down or starts its dirty log holds a lease until it resumes the guest: meanwhile other
 //! connections may only look on. When it closes before a hand-over, whoever held it is gone, and the guest ends its log
-//! and runs on.
+//! and runs on at full speed.
 
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +22,12 @@ pub enum Request {
     },
     /// Stop running.
     Suspend,
-    /// End dirty logging and run on.
+    /// Stand still for a share of the time.
+    Throttle {
+        /// The share in percent, 95 at most; 0: none.
+        percent: u8,
+    },
+    /// End dirty logging and run on at full speed.
     Resume,
     /// What have you done so far?
     Stats,
@@ -65,6 +70,8 @@ pub enum Answer {
         stats: Stats,
         /// Whether the guest is running now.
         running: bool,
+        /// Share of its time that it is made to stand still, in percent.
+        throttle_percent: u8,
     },
     /// To `Check`.
     Check {

@@ -296,3 +296,18 @@ fn an_unlimited_machine_always_has_an_operation_due() {
     assert_eq!(stopped, Advance { ops: 0, next_due_in: Duration::ZERO });
     assert_eq!(machine.stats().longest_silence, Duration::from_micros(300));
 }
+
+#[test]
+fn what_is_due_while_the_guest_stands_still_is_late_and_not_made_good() {
+    let mut ram = blank();
+    let spec = Spec { rate: Some(1000), ..spec(Workload::Uniform, 3) };
+    let mut machine = Machine::boot(&mut ram, &spec).unwrap();
+    let first = machine.advance(Duration::from_millis(10), &mut || true).ops;
+    machine.stand_still(Duration::from_millis(40));
+    assert_eq!(machine.advance(Duration::ZERO, &mut || true).ops, 0);
+    let then = machine.advance(Duration::from_millis(10), &mut || true).ops;
+    assert!((9..=11).contains(&first) && (9..=11).contains(&then), "{first}, {then}");
+    let stats = machine.stats();
+    assert_eq!(stats.guest_time, Duration::from_millis(60), "the time has passed all the same");
+    assert!(stats.longest_silence <= Duration::from_millis(10), "{:?}", stats.longest_silence);
+}
