@@ -7,6 +7,7 @@ mod guest;
 mod options;
 mod probe;
 mod receive;
+mod replay;
 mod send;
 mod take_back;
 pub mod units;
@@ -82,6 +83,8 @@ enum Command {
     Receive(receive::ReceiveArguments),
     /// Run a guest at the source again whose hand-over cannot be settled because the destination is gone for good
     TakeBack(take_back::TakeBackArguments),
+    /// Run policies over recorded dirty-page traces and compare them with the least possible
+    Replay(replay::ReplayArguments),
     /// Show what this host offers
     Probe(probe::ProbeArguments),
 }
@@ -98,6 +101,7 @@ pub fn run() -> ExitCode {
         Command::Send(arguments) => send::run(&arguments),
         Command::Receive(arguments) => receive::run(&arguments),
         Command::TakeBack(arguments) => take_back::run(&arguments),
+        Command::Replay(arguments) => replay::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
     };
     let exit = result.unwrap_or_else(|failure| {

@@ -2,6 +2,7 @@
 
 pub mod json;
 pub mod progress;
+pub mod replay;
 pub mod table;
 
 use serde::Serialize;

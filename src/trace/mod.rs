@@ -3,7 +3,13 @@
 //!
 //! * [`format`]: the file, its strict reader and its writer.
 //! * [`replay`]: the model in which a policy is run over a trace. [`clairvoyant`]: the bound that no policy can beat in it.
+//! * [`shuffle`]: other orders of a trace's chunks. [`decisions`]: what was sent when, for whoever wants to check.
+//! * [`contender`]: a policy with a stop rule. [`trials`]: many replays on all cores.
 
 pub mod clairvoyant;
+pub mod contender;
+pub mod decisions;
 pub mod format;
 pub mod replay;
+pub mod shuffle;
+pub mod trials;

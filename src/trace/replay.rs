@@ -8,9 +8,10 @@
 //!
 //! The forecast's own cost, the network and the pause of a sample are not in the model.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
-use super::format::{Run, Trace, runs_of};
+use super::format::Trace;
 use crate::forecast::{Config, Engine, Link, Next, Peek, PolicyKind, Sample, StopReason, Verdict};
 use crate::page::Pfn;
 use crate::page_set::PageSet;
@@ -22,6 +23,15 @@ pub enum StopAt {
     Own,
     /// As soon as the backlog fits the downtime budget, and never otherwise.
     Budget,
+}
+
+impl fmt::Display for StopAt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            StopAt::Own => "own",
+            StopAt::Budget => "budget",
+        })
+    }
 }
 
 /// A migration to replay.
@@ -241,24 +251,10 @@ impl<'a> Replay<'a> {
     }
 }
 
-/// Everything that was sent before the stop, round by round.
-#[derive(Default)]
-pub struct Decisions {
-    /// Round of the trace, and the pages sent in it as ascending runs.
-    pub rounds: Vec<(usize, Vec<Run>)>,
-}
-
-impl Observer for Decisions {
-    fn round(&mut self, round: usize, sent: &[Pfn], _: &Engine) {
-        let mut pages: Vec<u32> = sent.iter().map(|pfn| pfn.0 as u32).collect();
-        pages.sort_unstable();
-        self.rounds.push((round, runs_of(pages).collect()));
-    }
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::trace::format::runs_of;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
@@ -271,7 +267,7 @@ pub(super) mod tests {
         Trace::from_rounds("test", 50_000, vec![7], rounds)
     }
 
-    fn setting(policy: PolicyKind, stop: StopAt) -> Setting {
+    pub(in crate::trace) fn setting(policy: PolicyKind, stop: StopAt) -> Setting {
         Setting { policy, stop, start: 0, pages_per_round: 20.5, budget_s: 0.1, max_time_s: 600.0 }
     }
 
@@ -342,17 +338,5 @@ pub(super) mod tests {
         let outcome = replay(&trace, &setting(PolicyKind::Xen, StopAt::Own), &mut Unobserved);
         assert_eq!(outcome.reason, Some(StopReason::FewDirty));
         assert_eq!((outcome.stop_round, outcome.sent), (26, 513), "one page of a second round, and no third");
-    }
-
-    #[test]
-    fn decisions_are_the_pages_sent_in_each_round() {
-        let trace = trace_of(&[vec![1, 2], vec![], vec![]]);
-        let mut decisions = Decisions::default();
-        let outcome = replay(&trace, &setting(PolicyKind::Xen, StopAt::Own), &mut decisions);
-        let counts: Vec<u32> =
-            decisions.rounds.iter().map(|(_, runs)| runs.iter().map(|run| run.count).sum()).collect();
-        assert_eq!(counts, [20, 21, 20], "20.5 pages a round");
-        assert_eq!(decisions.rounds[0], (0, vec![Run { first: 0, count: 20 }]));
-        assert_eq!((outcome.reason, outcome.converged, outcome.stop_round), (None, false, 3));
     }
 }
