@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
 
 use super::options::{Rate, parse_rate};
 use super::{Exit, Failure, units};
 use crate::forecast::PolicyKind;
 use crate::pipeline::scanner::WIRE_BYTES_PER_PAGE;
-use crate::report::replay as report;
+use crate::report::{replay as report, summary};
 use crate::sys::{console, cpu};
 use crate::trace::contender::Contender;
 use crate::trace::decisions::Decisions;
@@ -54,6 +55,10 @@ pub struct ReplayArguments {
     /// One JSON object for each replay instead of a table
     #[arg(long)]
     json: bool,
+    /// After many replays only what they say of each policy; with --json as a last object. Replays xen and xen-skip as
+    /// well, to compare with, if they are not among the policies
+    #[arg(long, conflicts_with = "decisions")]
+    summary: bool,
     /// Write what was sent in each round to a file, for tools/check-decisions; for a single replay
     #[arg(long, value_name = "FILE")]
     decisions: Option<PathBuf>,
@@ -121,21 +126,49 @@ impl ReplayArguments {
 }
 
 pub fn run(arguments: &ReplayArguments) -> Result<Exit, Failure> {
-    let plan = arguments.plan().map_err(Failure::usage)?;
+    let mut plan = arguments.plan().map_err(Failure::usage)?;
     if let Some(path) = &arguments.decisions {
         let trial = observed(&plan, path)?;
-        let text = if arguments.json { report::json(&trial).to_string() } else { report::table(&[trial]) };
-        console::say(format_args!("{text}"));
+        say_trials(arguments.json, &[&trial]);
         return Ok(Exit::Done);
     }
-    let mut show = Show { bar: bar(plan.trials()), json: arguments.json };
+    let asked_for = plan.contenders.clone();
+    if arguments.summary {
+        for yardstick in [Contender::yardstick(), Contender::stock_xen()] {
+            if !asked_for.iter().any(|contender| contender.same_as(&yardstick)) {
+                plan.contenders.push(yardstick);
+            }
+        }
+    }
+    let mut show = Show { bar: bar(plan.trials()), lines: arguments.json, asked_for: &asked_for };
     let trials = trials::run(&plan, arguments.threads(), &mut show);
     show.bar.finish_and_clear();
     let trials = trials.map_err(Failure::failed)?;
-    if !arguments.json {
-        console::say(format_args!("{}", report::table(&trials)));
+    if !arguments.json && !arguments.summary {
+        say_trials(false, &trials.iter().collect::<Vec<_>>());
+    }
+    let summaries = summary::summarise(&trials, &asked_for);
+    match (arguments.json, arguments.summary) {
+        (true, true) => console::say(format_args!("{}", json!({ "summary": summaries }))),
+        (true, false) => {}
+        (false, _) if arguments.summary || trials.len() > 1 => {
+            console::say(format_args!("{}", summary::table(&summaries)));
+        }
+        (false, _) => {}
     }
     Ok(Exit::Done)
+}
+
+fn say_trials(json: bool, trials: &[&Trial]) {
+    if json {
+        trials.iter().for_each(|trial| say_line(trial));
+    } else {
+        console::say(format_args!("{}", report::table(trials)));
+    }
+}
+
+fn say_line(trial: &Trial) {
+    console::say(format_args!("{}", report::Line::of(trial).to_json()));
 }
 
 /// Runs the only trial and writes its decisions down.
@@ -161,19 +194,21 @@ fn bar(trials: usize) -> ProgressBar {
     ProgressBar::new(trials as u64).with_style(style)
 }
 
-struct Show {
+struct Show<'a> {
     bar: ProgressBar,
-    json: bool,
+    /// Whether to write JSON lines, and of whom.
+    lines: bool,
+    asked_for: &'a [Contender],
 }
 
-impl Audience for Show {
+impl Audience for Show<'_> {
     fn one_done(&mut self) {
         self.bar.inc(1);
     }
 
     fn next(&mut self, trial: &Trial) {
-        if self.json {
-            self.bar.suspend(|| console::say(format_args!("{}", report::json(trial))));
+        if self.lines && self.asked_for.contains(&trial.contender) {
+            self.bar.suspend(|| say_line(trial));
         }
     }
 }

@@ -3,6 +3,7 @@
 pub mod json;
 pub mod progress;
 pub mod replay;
+pub mod summary;
 pub mod table;
 
 use serde::Serialize;

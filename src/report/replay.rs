@@ -1,41 +1,75 @@
 //! Replays as a table for people and as JSON lines for programs. docs/replay.md defines every column and field.
 
 use comfy_table::{CellAlignment, Table, presets};
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use crate::trace::trials::Trial;
 
-/// One replay as an object.
-pub fn json(trial: &Trial) -> Value {
-    let outcome = &trial.outcome;
-    json!({
-        "trace": trial.trace,
-        "policy": trial.contender.word,
-        "stop": trial.contender.stop.to_string(),
-        "shuffle": trial.order.seed(),
-        "base_s": trial.base_s,
-        "budget_s": trial.budget_s,
-        "start_round": trial.start_round,
-        "pages": trial.pages,
-        "t_star_s": trial.t_star.map(|bound| bound.total_s),
-        "t_star_rounds": trial.t_star.map(|bound| bound.rounds),
-        "feasible": trial.feasible(),
-        "tmt_s": outcome.tmt_s,
-        "rho": trial.rho(),
-        "downtime_s": outcome.downtime_s,
-        "converged": trial.converged(),
-        "stop_round": outcome.stop_round,
-        "stop_reason": outcome.reason.map(|reason| reason.to_string()),
-        "pages_sent": outcome.sent,
-        "backlog_pages": outcome.backlog,
-        "pages_wasted": trial.pages_wasted(),
-        "state_bytes": outcome.state_bytes,
-        "forecast_ns_per_dirty_page": trial.forecast_ns_per_dirty_page(),
-    })
+/// One replay as a JSON object.
+#[derive(Serialize)]
+pub struct Line<'a> {
+    trace: &'a str,
+    policy: &'a str,
+    stop: String,
+    shuffle: Option<u64>,
+    base_s: f64,
+    budget_s: f64,
+    start_round: usize,
+    pages: u64,
+    t_star_s: Option<f64>,
+    t_star_rounds: Option<usize>,
+    feasible: bool,
+    tmt_s: f64,
+    rho: f64,
+    downtime_s: f64,
+    converged: bool,
+    stop_round: usize,
+    stop_reason: Option<String>,
+    pages_sent: u64,
+    backlog_pages: u64,
+    pages_wasted: u64,
+    state_bytes: usize,
+    forecast_ns_per_dirty_page: Option<f64>,
+}
+
+impl<'a> Line<'a> {
+    /// The line of `trial`.
+    pub fn of(trial: &'a Trial) -> Self {
+        let outcome = &trial.outcome;
+        Line {
+            trace: &trial.trace,
+            policy: &trial.contender.word,
+            stop: trial.contender.stop.to_string(),
+            shuffle: trial.order.seed(),
+            base_s: trial.base_s,
+            budget_s: trial.budget_s,
+            start_round: trial.start_round,
+            pages: trial.pages,
+            t_star_s: trial.t_star.map(|bound| bound.total_s),
+            t_star_rounds: trial.t_star.map(|bound| bound.rounds),
+            feasible: trial.feasible(),
+            tmt_s: outcome.tmt_s,
+            rho: trial.rho(),
+            downtime_s: outcome.downtime_s,
+            converged: trial.converged(),
+            stop_round: outcome.stop_round,
+            stop_reason: outcome.reason.map(|reason| reason.to_string()),
+            pages_sent: outcome.sent,
+            backlog_pages: outcome.backlog,
+            pages_wasted: trial.pages_wasted(),
+            state_bytes: outcome.state_bytes,
+            forecast_ns_per_dirty_page: trial.forecast_ns_per_dirty_page(),
+        }
+    }
+
+    /// As text, without a line break.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("strings, numbers and truth values can always be written")
+    }
 }
 
 /// All replays side by side.
-pub fn table(trials: &[Trial]) -> String {
+pub fn table(trials: &[&Trial]) -> String {
     let shuffled = trials.iter().any(|trial| trial.order.seed().is_some());
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY);
