@@ -328,6 +328,7 @@ mod tests {
                 reason: (tmt_s < 9.0).then_some(StopReason::WithinBudget),
                 sent,
                 backlog: 0,
+                policy_backlog: 0,
                 tmt_s,
                 downtime_s: tmt_s / 10.0,
                 converged: tmt_s < 9.0,
