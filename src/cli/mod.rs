@@ -2,8 +2,10 @@
 //!
 //! Exit codes, the same for all subcommands, are those of [`Exit`].
 
+mod bound;
 mod demo;
 mod guest;
+mod model;
 mod options;
 mod probe;
 mod receive;
@@ -85,6 +87,8 @@ enum Command {
     TakeBack(take_back::TakeBackArguments),
     /// Run policies over recorded dirty-page traces and compare them with the least possible
     Replay(replay::ReplayArguments),
+    /// Show what no policy could do better on a recorded trace, and whether pre-copy can converge at all
+    Bound(bound::BoundArguments),
     /// Show what this host offers
     Probe(probe::ProbeArguments),
 }
@@ -102,6 +106,7 @@ pub fn run() -> ExitCode {
         Command::Receive(arguments) => receive::run(&arguments),
         Command::TakeBack(arguments) => take_back::run(&arguments),
         Command::Replay(arguments) => replay::run(&arguments),
+        Command::Bound(arguments) => bound::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
     };
     let exit = result.unwrap_or_else(|failure| {

@@ -1,5 +1,6 @@
 //! `pagecast replay`: policies over recorded traces.
 
+use std::fs::File;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,16 +9,17 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::options::{Rate, parse_rate};
+use super::model::ModelOptions;
 use super::{Exit, Failure, units};
 use crate::forecast::PolicyKind;
-use crate::pipeline::scanner::WIRE_BYTES_PER_PAGE;
+use crate::report::plot::{self, Figure};
 use crate::report::{replay as report, summary};
 use crate::sys::{console, cpu};
 use crate::trace::contender::Contender;
 use crate::trace::decisions::Decisions;
+use crate::trace::series::Series;
 use crate::trace::shuffle::Order;
-use crate::trace::trials::{self, Audience, LinkSpeed, Plan, Start, Trial};
+use crate::trace::trials::{self, Audience, Plan, Trial};
 
 /// Stands for no limit: longer than any trace.
 const NO_LIMIT_S: f64 = 1e9;
@@ -31,18 +33,8 @@ pub struct ReplayArguments {
     /// the rest fits the budget [without a suffix: xen-skip:budget, the others own]
     #[arg(long, value_delimiter = ',', default_value = "xen,xen-skip,paper,ar")]
     policy: Vec<String>,
-    /// Links, by the time that they take to send every page once
-    #[arg(long, value_delimiter = ',', default_value = "3s", value_parser = units::time)]
-    base: Vec<Duration>,
-    /// Links, by their rate, instead of --base
-    #[arg(long, value_delimiter = ',', value_parser = parse_rate, conflicts_with = "base")]
-    bandwidth: Vec<Rate>,
-    /// How long the guest may stand still
-    #[arg(long, value_delimiter = ',', default_value = "300ms", value_parser = units::time)]
-    budget: Vec<Duration>,
-    /// Where in the trace the migration begins: a fraction (3/8) or a round
-    #[arg(long, visible_alias = "start", value_delimiter = ',', default_value = "1/8", value_parser = start)]
-    starts: Vec<Start>,
+    #[command(flatten)]
+    model: ModelOptions,
     /// Orders of the 2 MiB chunks: seeds for random ones, none for that of the file
     #[arg(long, value_name = "SEED", value_delimiter = ',', default_value = "none")]
     shuffle: Vec<Order>,
@@ -62,23 +54,9 @@ pub struct ReplayArguments {
     /// Write what was sent in each round to a file, for tools/check-decisions; for a single replay
     #[arg(long, value_name = "FILE")]
     decisions: Option<PathBuf>,
-}
-
-fn start(text: &str) -> Result<Start, String> {
-    let wrong =
-        || format!("{text:?} is no start; write a fraction below 1, such as 3/8, or a round, such as 150");
-    match text.split_once('/') {
-        None => text.parse().map(Start::Round).map_err(|_| wrong()),
-        Some((part, whole)) => {
-            let (Ok(part), Ok(whole)) = (part.parse::<u32>(), whole.parse::<u32>()) else {
-                return Err(wrong());
-            };
-            if part >= whole {
-                return Err(wrong());
-            }
-            Ok(Start::Fraction(f64::from(part) / f64::from(whole)))
-        }
-    }
+    /// Draw a picture, .svg or .html: a single replay over time, or many by policy
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
 }
 
 /// What the words stand for.
@@ -95,25 +73,12 @@ fn contenders(words: &[String]) -> Result<Vec<Contender>, String> {
 
 impl ReplayArguments {
     fn plan(&self) -> Result<Plan, String> {
-        let links = if self.bandwidth.is_empty() {
-            if self.base.iter().any(|base| base.as_micros() == 0) {
-                return Err("--base is to be more than nothing".to_owned());
-            }
-            self.base.iter().map(|base| LinkSpeed::Base(base.as_secs_f64())).collect()
-        } else {
-            let speed = |rate: &Rate| {
-                let bytes_per_s =
-                    rate.0.ok_or_else(|| "--bandwidth is to be a rate, such as 2.5Gbit".to_owned())?;
-                Ok(LinkSpeed::PagesPerS(bytes_per_s as f64 / WIRE_BYTES_PER_PAGE))
-            };
-            self.bandwidth.iter().map(speed).collect::<Result<_, String>>()?
-        };
         Ok(Plan {
             traces: self.traces.clone(),
             orders: self.shuffle.clone(),
-            links,
-            budgets_s: self.budget.iter().map(Duration::as_secs_f64).collect(),
-            starts: self.starts.clone(),
+            links: self.model.links()?,
+            budgets_s: self.model.budgets_s(),
+            starts: self.model.starts(),
             contenders: contenders(&self.policy)?,
             max_time_s: self.max_time.map_or(NO_LIMIT_S, |time| time.as_secs_f64()),
         })
@@ -126,12 +91,57 @@ impl ReplayArguments {
 }
 
 pub fn run(arguments: &ReplayArguments) -> Result<Exit, Failure> {
-    let mut plan = arguments.plan().map_err(Failure::usage)?;
-    if let Some(path) = &arguments.decisions {
-        let trial = observed(&plan, path)?;
-        say_trials(arguments.json, &[&trial]);
-        return Ok(Exit::Done);
+    let plan = arguments.plan().map_err(Failure::usage)?;
+    if let Some(path) = &arguments.plot {
+        Figure::check_name(path).map_err(Failure::usage)?;
     }
+    if plan.trials() == 1 && !arguments.summary {
+        return one(arguments, &plan);
+    }
+    if arguments.decisions.is_some() {
+        return Err(Failure::usage(format!(
+            "--decisions is for a single replay and these are {}; name one trace, policy, base, budget, start and order",
+            plan.trials()
+        )));
+    }
+    many(arguments, plan)
+}
+
+/// Runs the only replay and writes down or draws what it did.
+fn one(arguments: &ReplayArguments, plan: &Plan) -> Result<Exit, Failure> {
+    // Found out before the work is done.
+    let file = arguments.decisions.as_deref().map(create).transpose()?;
+    let made = trials::run_one(plan, |trace, shuffle| {
+        let decisions = file.is_some().then(|| Decisions::new(shuffle.clone()));
+        (decisions, arguments.plot.is_some().then(|| Series::new(trace)))
+    });
+    let (trial, (decisions, series)) = made.map_err(Failure::failed)?;
+    if let (Some((path, file)), Some(decisions)) = (file, decisions) {
+        let written = decisions.write(trial.outcome.stop_round, &mut BufWriter::new(file));
+        written.map_err(|error| cannot_write(path, &error))?;
+    }
+    if let (Some(path), Some(series)) = (&arguments.plot, series) {
+        let figure = plot::over_time(&trial, &series).map_err(Failure::failed)?;
+        figure.save(path).map_err(Failure::failed)?;
+    }
+    if arguments.json {
+        say_line(&trial);
+    } else {
+        console::say(format_args!("{}", report::table(&[&trial])));
+    }
+    Ok(Exit::Done)
+}
+
+fn create(path: &Path) -> Result<(&Path, File), Failure> {
+    File::create(path).map(|file| (path, file)).map_err(|error| cannot_write(path, &error))
+}
+
+fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::failed(format!("cannot write {}: {error}; is the folder there and writable?", path.display()))
+}
+
+/// Runs all replays, shows each and what they come down to.
+fn many(arguments: &ReplayArguments, mut plan: Plan) -> Result<Exit, Failure> {
     let asked_for = plan.contenders.clone();
     if arguments.summary {
         for yardstick in [Contender::yardstick(), Contender::stock_xen()] {
@@ -144,47 +154,25 @@ pub fn run(arguments: &ReplayArguments) -> Result<Exit, Failure> {
     let trials = trials::run(&plan, arguments.threads(), &mut show);
     show.bar.finish_and_clear();
     let trials = trials.map_err(Failure::failed)?;
-    if !arguments.json && !arguments.summary {
-        say_trials(false, &trials.iter().collect::<Vec<_>>());
-    }
     let summaries = summary::summarise(&trials, &asked_for);
+    let shown: Vec<&Trial> = trials.iter().filter(|trial| asked_for.contains(&trial.contender)).collect();
+    if let Some(path) = &arguments.plot {
+        let figure = plot::comparison(&shown, &summaries).map_err(Failure::failed)?;
+        figure.save(path).map_err(Failure::failed)?;
+    }
     match (arguments.json, arguments.summary) {
         (true, true) => console::say(format_args!("{}", json!({ "summary": summaries }))),
         (true, false) => {}
-        (false, _) if arguments.summary || trials.len() > 1 => {
-            console::say(format_args!("{}", summary::table(&summaries)));
+        (false, true) => console::say(format_args!("{}", summary::table(&summaries))),
+        (false, false) => {
+            console::say(format_args!("{}\n{}", report::table(&shown), summary::table(&summaries)));
         }
-        (false, _) => {}
     }
     Ok(Exit::Done)
 }
 
-fn say_trials(json: bool, trials: &[&Trial]) {
-    if json {
-        trials.iter().for_each(|trial| say_line(trial));
-    } else {
-        console::say(format_args!("{}", report::table(trials)));
-    }
-}
-
 fn say_line(trial: &Trial) {
     console::say(format_args!("{}", report::Line::of(trial).to_json()));
-}
-
-/// Runs the only trial and writes its decisions down.
-fn observed(plan: &Plan, path: &Path) -> Result<Trial, Failure> {
-    if plan.trials() != 1 {
-        return Err(Failure::usage(format!(
-            "--decisions is for a single replay and these are {}; name one trace, policy, base, budget, start and order",
-            plan.trials()
-        )));
-    }
-    let failed = |error| Failure::failed(format!("cannot write {}: {error}", path.display()));
-    let file = std::fs::File::create(path).map_err(failed)?;
-    let made = trials::run_one(plan, |_, shuffle, _| Decisions::new(shuffle.clone()));
-    let (trial, decisions) = made.map_err(Failure::failed)?;
-    decisions.write(trial.outcome.stop_round, &mut BufWriter::new(file)).map_err(failed)?;
-    Ok(trial)
 }
 
 /// A progress bar on standard error, seen on a terminal only.

@@ -1,6 +1,8 @@
 //! What a person or a program is told: progress while a migration runs, a table or a JSON line when it is done.
 
+pub mod bound;
 pub mod json;
+pub mod plot;
 pub mod progress;
 pub mod replay;
 pub mod summary;

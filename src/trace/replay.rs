@@ -96,6 +96,18 @@ impl Observer for Unobserved {
     fn round(&mut self, _: usize, _: &[Pfn], _: &Engine) {}
 }
 
+/// Two at once, each if it is there.
+impl<A: Observer, B: Observer> Observer for (Option<A>, Option<B>) {
+    fn round(&mut self, round: usize, sent: &[Pfn], engine: &Engine) {
+        if let Some(first) = &mut self.0 {
+            first.round(round, sent, engine);
+        }
+        if let Some(second) = &mut self.1 {
+            second.round(round, sent, engine);
+        }
+    }
+}
+
 /// In a trace nothing is known of a round before it is over.
 struct NothingToPeekAt;
 

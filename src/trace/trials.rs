@@ -27,20 +27,52 @@ pub enum LinkSpeed {
     PagesPerS(f64),
 }
 
+impl LinkSpeed {
+    /// Pages a second, with a guest of `nr_pages`.
+    pub fn pages_per_s(self, nr_pages: u64) -> f64 {
+        match self {
+            LinkSpeed::Base(seconds) => nr_pages as f64 / seconds,
+            LinkSpeed::PagesPerS(pages) => pages,
+        }
+    }
+
+    /// Seconds to send each of `nr_pages` once.
+    pub fn base_s(self, nr_pages: u64) -> f64 {
+        match self {
+            LinkSpeed::Base(seconds) => seconds,
+            LinkSpeed::PagesPerS(pages) => nr_pages as f64 / pages,
+        }
+    }
+}
+
 /// Where in a trace a migration begins.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
     /// At this round.
     Round(usize),
-    /// After this part of the rounds, rounded down; below 1.
-    Fraction(f64),
+    /// After `part / whole` of the rounds, rounded down; below 1.
+    Fraction {
+        /// So many parts.
+        part: u32,
+        /// Of so many.
+        whole: u32,
+    },
 }
 
 impl Start {
-    fn round(self, nr_rounds: usize) -> usize {
-        match self {
+    /// The round, of a trace at `path`.
+    pub fn round(self, path: &Path, trace: &Trace) -> Result<usize, TrialError> {
+        let nr_rounds = trace.rounds().len();
+        let round = match self {
             Start::Round(round) => round,
-            Start::Fraction(part) => (nr_rounds as f64 * part) as usize,
+            Start::Fraction { part, whole } => {
+                (nr_rounds as u128 * u128::from(part) / u128::from(whole)) as usize
+            }
+        };
+        if round < nr_rounds {
+            Ok(round)
+        } else {
+            Err(TrialError::NoSuchRound { path: path.to_owned(), round, nr_rounds })
         }
     }
 }
@@ -204,14 +236,14 @@ pub fn run(plan: &Plan, threads: usize, audience: &mut dyn Audience) -> Result<V
 /// made with the way back.
 pub fn run_one<O: Observer>(
     plan: &Plan,
-    observer: impl FnOnce(&Arc<Trace>, &Shuffle, &Setting) -> O,
+    observer: impl FnOnce(&Trace, &Shuffle) -> O,
 ) -> Result<(Trial, O), TrialError> {
     assert_eq!(plan.trials(), 1, "one trial was to be observed");
     let shelf = Shelf::new(plan);
     let place = shelf.place(0);
     let (trace, shuffle) = shelf.shuffled(&place)?;
     let setting = shelf.setting(&place, &trace)?;
-    let mut observer = observer(&trace, &shuffle, &setting);
+    let mut observer = observer(&trace, &shuffle);
     let outcome = replay(&trace, &setting, &mut observer);
     Ok((shelf.label(&place, &trace, &setting, outcome), observer))
 }
@@ -304,17 +336,9 @@ impl<'a> Shelf<'a> {
     }
 
     fn setting(&self, place: &Place, trace: &Trace) -> Result<Setting, TrialError> {
-        let nr_rounds = trace.rounds().len();
-        let start = self.plan.starts[place.start].round(nr_rounds);
-        if start >= nr_rounds {
-            let path = self.plan.traces[place.trace].clone();
-            return Err(TrialError::NoSuchRound { path, round: start, nr_rounds });
-        }
+        let start = self.plan.starts[place.start].round(&self.plan.traces[place.trace], trace)?;
         let contender = &self.plan.contenders[place.contender];
-        let pages_per_s = match self.plan.links[place.link] {
-            LinkSpeed::Base(seconds) => trace.nr_pages() as f64 / seconds,
-            LinkSpeed::PagesPerS(pages) => pages,
-        };
+        let pages_per_s = self.plan.links[place.link].pages_per_s(trace.nr_pages());
         Ok(Setting {
             policy: contender.policy,
             stop: contender.stop,
@@ -342,10 +366,7 @@ impl<'a> Shelf<'a> {
             pair: place.pair,
             trace: name_of(&self.plan.traces[place.trace]),
             order: self.plan.orders[place.order],
-            base_s: match self.plan.links[place.link] {
-                LinkSpeed::Base(seconds) => seconds,
-                LinkSpeed::PagesPerS(pages) => trace.nr_pages() as f64 / pages,
-            },
+            base_s: self.plan.links[place.link].base_s(trace.nr_pages()),
             budget_s: setting.budget_s,
             start_round: setting.start,
             pages: trace.nr_pages(),
