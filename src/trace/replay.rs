@@ -288,6 +288,7 @@ impl<'a> Replay<'a> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::trace::clairvoyant::earliest;
     use crate::trace::format::runs_of;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
@@ -354,6 +355,10 @@ pub(super) mod tests {
             prop_assert!((outcome.tmt_s - tmt_s).abs() < 1e-9);
             prop_assert_eq!(outcome.converged, outcome.backlog <= 41);
             prop_assert!(outcome.reason.is_some() || outcome.stop_round == rounds.len());
+            if outcome.converged {
+                let bound = earliest(&trace, 0, 20.5, 41.0).expect("a policy has reached it");
+                prop_assert!(bound.total_s < outcome.tmt_s + 1e-9, "{bound:?} {outcome:?}");
+            }
         }
     }
 
