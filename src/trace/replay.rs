@@ -14,12 +14,13 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::format::Trace;
 use crate::forecast::{Config, Engine, Link, Next, Peek, PolicyKind, Sample, StopReason, Verdict};
 use crate::page::Pfn;
 use crate::page_set::PageSet;
+use crate::sys::cpu::thread_cpu_time;
 
 /// When a replayed migration ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -77,7 +78,7 @@ pub struct Outcome {
     pub converged: bool,
     /// Pages dirty in the rounds of the migration, counted each time.
     pub dirty_pages: u64,
-    /// Time that the forecast took.
+    /// CPU time that the forecast took.
     pub forecast_time: Duration,
     /// Bytes of the forecast's state at the end.
     pub state_bytes: usize,
@@ -196,9 +197,9 @@ impl<'a> Replay<'a> {
 
     /// Whether to stop at the start of a round, and why.
     fn verdict(&mut self) -> Option<StopReason> {
-        let began = Instant::now();
+        let began = thread_cpu_time();
         let verdict = self.engine.verdict(self.now, &self.link);
-        self.forecast_time += began.elapsed();
+        self.forecast_time += thread_cpu_time().saturating_sub(began);
         match self.setting.stop {
             StopAt::Own => match verdict {
                 Verdict::Stop(reason) => Some(reason),
@@ -215,7 +216,7 @@ impl<'a> Replay<'a> {
 
     /// Sends what the link carries in one round.
     fn send(&mut self) {
-        let began = Instant::now();
+        let began = thread_cpu_time();
         self.sent_now.clear();
         self.credit = self.credit.fract() + self.setting.pages_per_round;
         let credit = self.credit as usize;
@@ -245,7 +246,7 @@ impl<'a> Replay<'a> {
                 }
             }
         }
-        self.forecast_time += began.elapsed();
+        self.forecast_time += thread_cpu_time().saturating_sub(began);
         for pfn in &self.sent_now {
             self.backlog.remove(*pfn);
         }
@@ -259,9 +260,9 @@ impl<'a> Replay<'a> {
         }
         self.dirty_pages += self.dirty.len();
         self.now += self.period;
-        let began = Instant::now();
+        let began = thread_cpu_time();
         self.engine.on_sample(&Sample { at: self.now, dirty: &self.dirty });
-        self.forecast_time += began.elapsed();
+        self.forecast_time += thread_cpu_time().saturating_sub(began);
         self.heard_of_since_round = true;
         self.backlog.union(&self.dirty);
     }
