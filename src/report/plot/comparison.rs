@@ -1,6 +1,5 @@
 //! Many replays by policy: how much longer than the least possible, and how much more was sent.
 
-use plotters::coord::ranged1d::SegmentValue;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -8,8 +7,11 @@ use super::{Area, Figure, GREY, PlotError, TEXT};
 use crate::report::summary::Summary;
 use crate::trace::trials::Trial;
 
-/// Half of the width, in pixels, over which the dots of a policy are spread.
-const SPREAD: i32 = 24;
+/// Half of the width, in pixels, over which the dots of a policy are spread at most.
+const SPREAD: i32 = 36;
+/// Room left of a panel and below it, in pixels.
+const LEFT: i32 = 60;
+const BELOW: i32 = 34;
 
 /// A replay's dot.
 struct Dot {
@@ -38,12 +40,12 @@ pub fn comparison(trials: &[&Trial], summaries: &[Summary]) -> Result<Figure, Pl
     let feasible = summaries.first().map_or(0, |summary| summary.feasible.pairs);
     let title = format!("{pairs} pairs of trace, order, link, budget and start, {feasible} of them feasible");
     let facts = summaries.iter().map(|summary| (summary.policy.clone(), figures(summary))).collect();
-    Figure::draw(title, (1000, 520), facts, |area| {
+    Figure::draw(title, (1000, 720), facts, |area| {
         let (strip, panels) = area.split_vertically(26);
         explain(&strip)?;
-        let (left, right) = panels.split_horizontally(490);
-        panel(&left, "TMT / T*", &names, &over, &means(|summary| summary.feasible.tmt_over_t_star))?;
-        panel(&right, "rho: transmissions / pages", &names, &rho, &means(|summary| summary.feasible.rho))
+        let (above, below) = panels.split_vertically(320);
+        panel(&above, "TMT / T*", &names, &over, &means(|summary| summary.feasible.tmt_over_t_star))?;
+        panel(&below, "rho: transmissions / pages", &names, &rho, &means(|summary| summary.feasible.rho))
     })
 }
 
@@ -79,29 +81,27 @@ fn panel(
     means: &[Option<f64>],
 ) -> Result<(), PlotError> {
     let y_max = 0.1 + 1.03 * dots.iter().map(|dot| dot.value).fold(1.5, f64::max);
+    let columns = names.len().max(1);
     let mut chart = ChartBuilder::on(area)
         .margin_right(8)
-        .x_label_area_size(44)
-        .y_label_area_size(60)
-        .build_cartesian_2d((0..names.len().max(1) - 1).into_segmented(), 0.9..y_max)?;
-    let name_of = |segment: &SegmentValue<usize>| match segment {
-        SegmentValue::CenterOf(index) => names.get(*index).map_or_else(String::new, ToString::to_string),
-        _ => String::new(),
-    };
+        .x_label_area_size(BELOW)
+        .y_label_area_size(LEFT)
+        .build_cartesian_2d(0.0..columns as f64, 0.9..y_max)?;
     chart
         .configure_mesh()
         .disable_x_mesh()
-        .x_desc("policy")
+        .disable_x_axis()
         .y_desc(label)
         .label_style(TEXT)
         .axis_desc_style(TEXT)
         .bold_line_style(RGBColor(225, 225, 225))
         .light_line_style(TRANSPARENT)
-        .x_labels(names.len())
-        .x_label_formatter(&name_of)
         .draw()?;
-    let anchor = |dot: &Dot| EmptyElement::at((SegmentValue::CenterOf(dot.policy), dot.value));
-    let shift = |dot: &Dot| ((dot.place * f64::from(SPREAD)) as i32, 0);
+    let (width, height) = chart.plotting_area().dim_in_pixel();
+    let spread = (width as i32 / columns as i32 / 2 - 12).clamp(0, SPREAD);
+    let middle = |policy: usize| policy as f64 + 0.5;
+    let anchor = |dot: &Dot| EmptyElement::at((middle(dot.policy), dot.value));
+    let shift = |dot: &Dot| ((dot.place * f64::from(spread)) as i32, 0);
     chart.draw_series(
         dots.iter()
             .filter(|dot| !dot.feasible)
@@ -113,9 +113,13 @@ fn panel(
             .map(|dot| anchor(dot) + Circle::new(shift(dot), 4, BLACK.stroke_width(1))),
     )?;
     chart.draw_series(means.iter().enumerate().filter_map(|(policy, mean)| {
-        let at = EmptyElement::at((SegmentValue::CenterOf(policy), (*mean)?));
-        let bar = Rectangle::new([(-SPREAD - 6, -2), (SPREAD + 6, 2)], BLACK.filled());
-        Some(at + bar)
+        let at = EmptyElement::at((middle(policy), (*mean)?));
+        Some(at + Rectangle::new([(-spread - 6, -2), (spread + 6, 2)], BLACK.filled()))
     }))?;
+    let style = TEXT.into_text_style(area).pos(Pos::new(HPos::Center, VPos::Top));
+    for (policy, name) in names.iter().enumerate() {
+        let x = LEFT + (middle(policy) / columns as f64 * f64::from(width)) as i32;
+        area.draw(&Text::new(name.to_string(), (x, height as i32 + 8), style.clone()))?;
+    }
     Ok(())
 }
