@@ -2,13 +2,42 @@
 //! to walk. The scanner's pending set, the log of a round and every dirty sample are such sets.
 
 use crate::page::{CHUNK_PAGES, Pfn};
+use crate::sys::simd;
 
 /// 64-bit words in a chunk: 512 bits, one cache line.
 pub const CHUNK_WORDS: usize = CHUNK_PAGES / 64;
 
+/// Lines of a raw bitmap that are looked at together: 256 bytes, so that a clean stretch costs one branch for four lines.
+const LINES_AT_ONCE: usize = 4;
+
 #[derive(Clone, Default)]
 #[repr(align(64))]
 struct ChunkBits([u64; CHUNK_WORDS]);
+
+impl ChunkBits {
+    /// Adds the pages of `words`; returns how many were not there.
+    #[inline(always)]
+    fn insert(&mut self, words: &[u64; CHUNK_WORDS]) -> u32 {
+        let mut added = 0;
+        for (mine, theirs) in self.0.iter_mut().zip(words) {
+            added += (theirs & !*mine).count_ones();
+            *mine |= theirs;
+        }
+        added
+    }
+}
+
+/// Calls `visit` with the place in its chunk of each page in `words`, ascending.
+#[inline(always)]
+pub fn for_each_place(words: &[u64; CHUNK_WORDS], mut visit: impl FnMut(usize)) {
+    for (index, word) in words.iter().enumerate() {
+        let mut rest = *word;
+        while rest != 0 {
+            visit(index * 64 + rest.trailing_zeros() as usize);
+            rest &= rest - 1;
+        }
+    }
+}
 
 /// A set of pages out of `0..nr_pages`.
 #[derive(Clone)]
@@ -107,23 +136,67 @@ impl PageSet {
     /// Adds every page of `other`, which must be over the same page-number space.
     pub fn union(&mut self, other: &PageSet) {
         assert_eq!(self.nr_pages, other.nr_pages, "sets over different page-number spaces");
-        for chunk in other.occupied_chunks() {
-            let mut added = 0;
-            for (mine, theirs) in self.bits[chunk].0.iter_mut().zip(other.bits[chunk].0) {
-                added += (theirs & !*mine).count_ones();
-                *mine |= theirs;
+        simd::at_best(|| self.insert_chunks(other));
+    }
+
+    #[inline(always)]
+    fn insert_chunks(&mut self, other: &PageSet) {
+        let theirs = other.bits.iter().zip(&other.counts);
+        for ((mine, count), (words, their_count)) in self.bits.iter_mut().zip(&mut self.counts).zip(theirs) {
+            if *their_count > 0 {
+                let added = mine.insert(&words.0);
+                *count += added as u16;
+                self.total += u64::from(added);
             }
-            self.counts[chunk] += added as u16;
+        }
+    }
+
+    /// Adds the pages of a raw bitmap such as a hypervisor's dirty log: bit `i % 64` of word `i / 64` is page `i`. Bits
+    /// beyond the page-number space are left out. Clean stretches are passed over at the speed of memory. Panics if
+    /// the bitmap has not exactly the words that it takes.
+    pub fn insert_bitmap(&mut self, words: &[u64]) {
+        let expected = (self.nr_pages as usize).div_ceil(64);
+        assert_eq!(words.len(), expected, "a bitmap of another page-number space");
+        let whole = (self.nr_pages as usize) / CHUNK_PAGES;
+        let (head, tail) = words.split_at(whole * CHUNK_WORDS);
+        simd::at_best(|| self.insert_lines(head.as_chunks().0));
+        if !tail.is_empty() {
+            let mut last = [0; CHUNK_WORDS];
+            last[..tail.len()].copy_from_slice(tail);
+            let beyond = self.nr_pages % 64;
+            if beyond > 0 {
+                last[tail.len() - 1] &= (1 << beyond) - 1;
+            }
+            let added = self.bits[whole].insert(&last);
+            self.counts[whole] += added as u16;
             self.total += u64::from(added);
+        }
+    }
+
+    #[inline(always)]
+    fn insert_lines(&mut self, lines: &[[u64; CHUNK_WORDS]]) {
+        for (group, lines) in lines.chunks(LINES_AT_ONCE).enumerate() {
+            if lines.as_flattened().iter().fold(0, |all, word| all | word) == 0 {
+                continue;
+            }
+            for (index, line) in lines.iter().enumerate() {
+                let chunk = group * LINES_AT_ONCE + index;
+                let added = self.bits[chunk].insert(line);
+                self.counts[chunk] += added as u16;
+                self.total += u64::from(added);
+            }
         }
     }
 
     /// Takes every page out.
     pub fn clear(&mut self) {
-        for chunk in 0..self.bits.len() {
-            if self.counts[chunk] > 0 {
-                self.bits[chunk] = ChunkBits::default();
-                self.counts[chunk] = 0;
+        if self.total == 0 {
+            return;
+        }
+        for (bits, count) in self.bits.iter_mut().zip(&mut self.counts) {
+            if *count > 0 {
+                *bits = ChunkBits::default();
+                *count = 0;
             }
         }
         self.total = 0;
@@ -146,18 +219,8 @@ impl PageSet {
 
     /// The pages of one chunk that are in the set, ascending.
     pub fn pages_of_chunk(&self, chunk: usize) -> impl Iterator<Item = Pfn> + '_ {
-        let base = (chunk * CHUNK_PAGES) as u64;
-        self.bits[chunk].0.iter().enumerate().flat_map(move |(index, word)| {
-            let mut rest = *word;
-            std::iter::from_fn(move || {
-                if rest == 0 {
-                    return None;
-                }
-                let bit = rest.trailing_zeros();
-                rest &= rest - 1;
-                Some(Pfn(base + index as u64 * 64 + u64::from(bit)))
-            })
-        })
+        let words = &self.bits[chunk].0;
+        ChunkPages { words, index: 0, rest: words[0], base: (chunk * CHUNK_PAGES) as u64 }
     }
 
     /// All pages of the set, ascending.
@@ -184,6 +247,30 @@ impl PageSet {
             let chunk = (from.chunk() + 1..self.bits.len()).find(|chunk| self.counts[*chunk] > 0)?;
             self.pages_of_chunk(chunk).next()
         })
+    }
+}
+
+/// The pages of one chunk, ascending.
+struct ChunkPages<'a> {
+    words: &'a [u64; CHUNK_WORDS],
+    /// The word whose bits are in `rest`.
+    index: usize,
+    rest: u64,
+    base: u64,
+}
+
+impl Iterator for ChunkPages<'_> {
+    type Item = Pfn;
+
+    #[inline]
+    fn next(&mut self) -> Option<Pfn> {
+        while self.rest == 0 {
+            self.index += 1;
+            self.rest = *self.words.get(self.index)?;
+        }
+        let bit = self.rest.trailing_zeros();
+        self.rest &= self.rest - 1;
+        Some(Pfn(self.base + self.index as u64 * 64 + u64::from(bit)))
     }
 }
 
@@ -240,6 +327,48 @@ mod tests {
             prop_assert!(set.is_empty() && set.iter().next().is_none());
             prop_assert!(set.iter_from(Pfn(nr_pages + 512)).next().is_none());
         }
+    }
+
+    proptest! {
+        #[test]
+        fn a_bitmap_goes_in_as_if_page_by_page(
+            nr_pages in 1u64..9000,
+            runs in proptest::collection::vec((0u64..9000, 1u64..400), 0..12),
+            before in proptest::collection::vec(0u64..9000, 0..40),
+            garbage: u64,
+        ) {
+            let mut words = vec![0u64; (nr_pages as usize).div_ceil(64)];
+            let mut expected = PageSet::empty(nr_pages);
+            let mut set = PageSet::empty(nr_pages);
+            for page in before {
+                expected.insert(Pfn(page % nr_pages));
+                set.insert(Pfn(page % nr_pages));
+            }
+            for page in runs.into_iter().flat_map(|(first, count)| first..first + count) {
+                let page = page % nr_pages;
+                words[page as usize / 64] |= 1 << (page % 64);
+                expected.insert(Pfn(page));
+            }
+            if nr_pages % 64 > 0 {
+                *words.last_mut().expect("at least one word") |= garbage << (nr_pages % 64);
+            }
+            set.insert_bitmap(&words);
+            prop_assert_eq!(listed(&set), listed(&expected));
+            prop_assert_eq!(set.len(), expected.len());
+            for chunk in 0..set.nr_chunks() {
+                prop_assert_eq!(set.chunk_len(chunk), expected.chunk_len(chunk));
+                let mut places = Vec::new();
+                for_each_place(set.chunk_words(chunk), |place| places.push(place));
+                let pages: Vec<usize> = set.pages_of_chunk(chunk).map(Pfn::in_chunk).collect();
+                prop_assert_eq!(places, pages);
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "another page-number space")]
+    fn a_bitmap_of_another_size_is_refused() {
+        PageSet::empty(100).insert_bitmap(&[0; 3]);
     }
 
     #[test]

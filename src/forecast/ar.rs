@@ -95,6 +95,11 @@ impl PageModel for ArPage {
         log2_age - i32::from(LOG2_OF_COUNT[usize::from(self.writes)]) + forecast / FORECAST_DIVISOR
     }
 
+    /// Neither an age nor an interval, and so no forecast, is longer than the time since the start.
+    fn most_written(clock: &Clock) -> i32 {
+        clock.log2_since_start - OCTAVE + (clock.log2_since_start + OCTAVE) / FORECAST_DIVISOR
+    }
+
     fn log2_age_never_written(clock: &Clock) -> i32 {
         clock.log2_since_start + OCTAVE / 2
     }

@@ -1,11 +1,14 @@
 //! State by 2 MiB chunk, for the chunks that have any: a Xen guest's page-number space is mostly holes, and
 //! most of what is there is never written during a migration.
 
+use crate::sys::huge_pages;
+
 /// No state yet.
 const NONE: u32 = u32::MAX;
 
 /// One `T` for each chunk that was asked to have one. Room for all chunks is reserved at the start (address
-/// space, which the kernel backs as it is touched), so that nothing is moved or allocated later.
+/// space, which the kernel backs as it is touched, with huge pages where it has any), so that nothing is moved or
+/// allocated later.
 pub(super) struct Chunks<T> {
     slot_of: Vec<u32>,
     slots: Vec<T>,
@@ -15,7 +18,9 @@ impl<T: Clone> Chunks<T> {
     /// No chunk has state; at most `nr_chunks` ever will.
     pub(super) fn new(nr_chunks: usize) -> Self {
         assert!(nr_chunks < NONE as usize, "{nr_chunks} chunks are beyond 32-bit slot numbers");
-        Chunks { slot_of: vec![NONE; nr_chunks], slots: Vec::with_capacity(nr_chunks) }
+        let slots = Vec::with_capacity(nr_chunks);
+        huge_pages::ask_for(&slots);
+        Chunks { slot_of: vec![NONE; nr_chunks], slots }
     }
 
     /// The state of `chunk`, if it has any.
@@ -26,10 +31,17 @@ impl<T: Clone> Chunks<T> {
     }
 
     /// The state of `chunk`, made from `empty` if it has none.
+    #[inline]
     pub(super) fn get_or_insert(&mut self, chunk: usize, empty: &T) -> &mut T {
+        self.get_or_insert_with(chunk, || empty.clone())
+    }
+
+    /// The state of `chunk`, made by `empty` if it has none.
+    #[inline]
+    pub(super) fn get_or_insert_with(&mut self, chunk: usize, empty: impl FnOnce() -> T) -> &mut T {
         if self.slot_of[chunk] == NONE {
             self.slot_of[chunk] = self.slots.len() as u32;
-            self.slots.push(empty.clone());
+            self.slots.push(empty());
         }
         &mut self.slots[self.slot_of[chunk] as usize]
     }
@@ -37,6 +49,11 @@ impl<T: Clone> Chunks<T> {
     /// Every state, in no particular order.
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
         self.slots.iter_mut()
+    }
+
+    /// Bytes in huge pages, as the kernel reports it.
+    pub(super) fn huge_bytes(&self) -> usize {
+        huge_pages::huge_bytes(&self.slots)
     }
 
     /// Bytes in use.

@@ -32,8 +32,12 @@ impl Engine {
 
     /// Takes in one get-and-clear of the dirty log.
     pub fn on_sample(&mut self, sample: &Sample) {
+        self.working_set.make_room();
         self.policy.on_sample(sample, &self.working_set);
-        self.working_set.record(sample);
+        self.working_set.record_with(sample, |chunk, ahead, ages| {
+            self.policy.on_chunk(sample.dirty, chunk, ahead, ages);
+        });
+        self.policy.end_sample(sample.at);
         self.pending.union(sample.dirty);
     }
 
@@ -107,6 +111,11 @@ impl Engine {
     /// The ages of the pages and the clairvoyant bound.
     pub fn working_set(&self) -> &WorkingSet {
         &self.working_set
+    }
+
+    /// Bytes of the state that are in huge pages, as the kernel reports it; reads /proc/self/smaps.
+    pub fn huge_bytes(&self) -> usize {
+        self.working_set.huge_bytes() + self.policy.huge_bytes()
     }
 
     /// Bytes of state in use for pages: ages and the policy's own, without the pending set.

@@ -39,6 +39,8 @@ struct Front {
     seen: Duration,
     /// How fast it moves through page numbers, holes included; unknown until it has been seen to.
     pages_per_s: Option<f64>,
+    /// The last chunk in which an arrival is predicted; spares the arithmetic for all those beyond.
+    reach: usize,
 }
 
 /// The fronts of a guest.
@@ -60,13 +62,16 @@ impl Fronts {
     /// A chunk of the sample under way, in ascending order: its dirty pages, and how many of them were not dirty just
     /// before.
     pub(super) fn note_chunk(&mut self, chunk: usize, words: &[u64; CHUNK_WORDS], fresh: u32) {
+        if fresh < FRESH {
+            return;
+        }
         let (mut pages, mut runs, mut carry) = (0, 0, 0);
         for word in words {
             pages += word.count_ones();
             runs += (word & !(word << 1 | carry)).count_ones();
             carry = word >> 63;
         }
-        if fresh < FRESH || pages < runs * MEAN_RUN {
+        if pages < runs * MEAN_RUN {
             return;
         }
         let base = (chunk * CHUNK_PAGES) as u64;
@@ -92,19 +97,20 @@ impl Fronts {
             if let Some(front) = self.fronts.iter_mut().find(moved) {
                 front.advance(cluster.last, at);
             } else if self.fronts.len() < MAX_FRONTS {
-                self.fronts.push(Front { tip: cluster.last, seen: at, pages_per_s: None });
+                self.fronts.push(Front { tip: cluster.last, seen: at, pages_per_s: None, reach: 0 });
             }
         }
     }
 
     /// How long after `at` the first front will reach the chunk, if one is on its way there.
+    #[inline]
     pub(super) fn arrival(&self, chunk: usize, at: Duration) -> Option<Duration> {
-        let arrivals = self.fronts.iter().filter_map(|front| {
+        let near = |front: &&Front| (front.tip.chunk()..=front.reach).contains(&chunk);
+        let arrivals = self.fronts.iter().filter(near).filter_map(|front| {
             let speed = front.pages_per_s?;
             let distance = (chunk as u64 * CHUNK_PAGES as u64).saturating_sub(front.tip.0);
             let since = at.saturating_sub(front.seen).as_secs_f64();
-            let ahead = chunk >= front.tip.chunk() && distance as f64 / speed <= HORIZON_S;
-            ahead.then(|| (distance as f64 / speed - since).max(0.0))
+            (distance as f64 / speed <= HORIZON_S).then(|| (distance as f64 / speed - since).max(0.0))
         });
         arrivals.reduce(f64::min).map(Duration::from_secs_f64)
     }
@@ -121,7 +127,9 @@ impl Front {
 
     fn advance(&mut self, tip: Pfn, at: Duration) {
         let now = (tip.0 - self.tip.0) as f64 / (at - self.seen).as_secs_f64().max(1e-6);
-        self.pages_per_s = Some(self.pages_per_s.map_or(now, |before| (before + now) / 2.0));
+        let speed = self.pages_per_s.map_or(now, |before| (before + now) / 2.0);
+        self.pages_per_s = Some(speed);
+        self.reach = Pfn(tip.0.saturating_add((speed * HORIZON_S) as u64)).chunk() + 1;
         (self.tip, self.seen) = (tip, at);
     }
 }

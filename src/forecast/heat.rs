@@ -3,7 +3,7 @@
 //! `rank = log2(age) - log2(1 + n) - 1/4 log2(1 + A)`, n the samples in which the page was dirty; the activity A
 //! of the chunk is subtracted by the plan.
 
-use super::log2::{LOG2_OF_COUNT, in_units_q8, log2_q4};
+use super::log2::{LOG2_OF_COUNT, OCTAVE, in_units_q8, log2_q4};
 use super::ranked::{Clock, PageModel};
 use std::time::Duration;
 
@@ -30,6 +30,10 @@ impl PageModel for HeatPage {
         log2_age - i32::from(LOG2_OF_COUNT[usize::from(self.writes)])
     }
 
+    fn most_written(clock: &Clock) -> i32 {
+        clock.log2_since_start - OCTAVE
+    }
+
     fn log2_age_never_written(clock: &Clock) -> i32 {
         log2_q4(in_units_q8(clock.since_start + HEAD_START, clock.unit))
     }
@@ -38,7 +42,6 @@ impl PageModel for HeatPage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::forecast::log2::OCTAVE;
 
     #[test]
     fn age_raises_and_writes_lower_the_rank_octave_by_octave() {

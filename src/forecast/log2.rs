@@ -20,9 +20,49 @@ pub(super) const fn log2_q4(x_q8: u64) -> i32 {
 }
 
 /// A time in 256ths of `unit`, saturating; a `unit` of zero counts as a nanosecond.
+///
+/// Times of less than half a year are divided in 64 bits: the division of 128 bits took 30 ns, and a plan does one for
+/// each sample number.
+#[inline]
 pub(super) fn in_units_q8(time: Duration, unit: Duration) -> u64 {
+    const SHORT_S: u64 = 1 << 24;
+    if time.as_secs() < SHORT_S && unit.as_secs() < SHORT_S {
+        let nanos = |time: Duration| time.as_secs() * 1_000_000_000 + u64::from(time.subsec_nanos());
+        return nanos(time) * 256 / nanos(unit).max(1);
+    }
     let scaled = time.as_nanos().saturating_mul(256) / unit.as_nanos().max(1);
     u64::try_from(scaled).unwrap_or(u64::MAX)
+}
+
+/// `2^-(i/256)` in 30 binary places.
+static EXP2: [u32; 257] = {
+    let mut table = [0; 257];
+    let mut i = 0;
+    while i <= 256 {
+        // The series of e^-x for x up to log 2: after 20 terms the rest is below 1e-21.
+        let x = i as f64 / 256.0 * std::f64::consts::LN_2;
+        let (mut sum, mut term, mut n) = (1.0, 1.0, 1);
+        while n <= 20 {
+            term *= -x / n as f64;
+            sum += term;
+            n += 1;
+        }
+        table[i] = (sum * (1u64 << 30) as f64 + 0.5) as u32;
+        i += 1;
+    }
+    table
+};
+
+/// `2^-(x / 65536)` in 30 binary places, to within one part in 10^5 of 1.
+#[inline]
+pub(super) fn exp2_neg_q30(x_q16: u64) -> u64 {
+    let whole = x_q16 >> 16;
+    if whole >= 31 {
+        return 0;
+    }
+    let (index, rest) = ((x_q16 >> 8 & 255) as usize, x_q16 & 255);
+    let (above, below) = (u64::from(EXP2[index]), u64::from(EXP2[index + 1]));
+    (above - (((above - below) * rest) >> 8)) >> whole
 }
 
 /// `log2(1 + n)` for a saturating count of a byte.
@@ -53,6 +93,21 @@ mod tests {
         fn never_falls(x in 1u64..u64::MAX, shift in 0u32..63) {
             let x = (x >> shift).max(2);
             prop_assert!(log2_q4(x - 1) <= log2_q4(x));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn exp2_is_within_a_hundred_thousandth(x in 0u64..40 << 16) {
+            let exact = (-(x as f64) / 65536.0).exp2();
+            prop_assert!((exp2_neg_q30(x) as f64 / (1u64 << 30) as f64 - exact).abs() < 1e-5);
+        }
+
+        #[test]
+        fn a_short_time_is_divided_as_a_long_one(nanos in 0u64..1 << 50, unit in 0u64..1 << 40) {
+            let expected = u128::from(nanos) * 256 / u128::from(unit.max(1));
+            let units = in_units_q8(Duration::from_nanos(nanos), Duration::from_nanos(unit));
+            prop_assert_eq!(u128::from(units), expected);
         }
     }
 

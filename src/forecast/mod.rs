@@ -8,13 +8,15 @@
 //! * [`engine`]: the pending set and the rule that nothing is forgotten; drives one policy.
 //! * `policy`: the trait of the policies and the one place where they are registered.
 //! * `xen`, `xen_skip`, `paper`: the policies that send in rounds (`rounds`, `legacy_loop`: what they share).
-//! * `ranked`: the plan of the policies that rank pages, over the page models of `heat` and `ar`; `fronts`: what `ar`
-//!   makes of writers that go through memory in order.
+//! * `ranked`: the policies that rank pages, over the page models of `heat` and `ar`; `plan`: the cut that a rank has to
+//!   reach; `chunk_state`: what is known of a chunk as a whole; `fronts`: what `ar` makes of writers that go through
+//!   memory in order.
 //! * [`working_set`], `bound`: ages of the pages, and the clairvoyant bound that follows from them.
 //! * `stop`: when ranked sending ends. `log2`, `chunks`: fixed-point logarithm, state by 2 MiB chunk.
 
 mod ar;
 mod bound;
+mod chunk_state;
 mod chunks;
 pub mod engine;
 mod fronts;
@@ -22,6 +24,7 @@ mod heat;
 mod legacy_loop;
 mod log2;
 mod paper;
+mod plan;
 mod policy;
 mod ranked;
 mod rounds;

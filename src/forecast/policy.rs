@@ -4,6 +4,7 @@ use super::ar::ArPage;
 use super::heat::HeatPage;
 use super::paper::Paper;
 use super::ranked::Ranked;
+use super::working_set::AgeChunk;
 use super::xen::Xen;
 use super::xen_skip::XenSkip;
 use super::{Config, Link, Next, Peek, Sample, StopReason, WorkingSet};
@@ -31,6 +32,13 @@ pub(super) trait Policy: Send {
     /// those of the writes before.
     fn on_sample(&mut self, sample: &Sample, working_set: &WorkingSet);
 
+    /// Takes in one chunk of the sample, in ascending order: `dirty` is the whole sample, `ages` are those of the
+    /// chunk's pages before it. The chunk after this is `ahead`, so that its state can be asked for.
+    fn on_chunk(&mut self, _dirty: &PageSet, _chunk: usize, _ahead: Option<usize>, _ages: &AgeChunk) {}
+
+    /// All chunks of the sample taken at `at` are in.
+    fn end_sample(&mut self, _at: Duration) {}
+
     /// Appends to `out` at most `max` pages out of `view.pending`, in the order to send; each page once.
     fn next_batch(&mut self, view: &View, max: usize, peek: &mut dyn Peek, out: &mut Vec<Pfn>) -> Next;
 
@@ -48,6 +56,11 @@ pub(super) trait Policy: Send {
 
     /// Bytes of state, the engine's own sets apart.
     fn state_bytes(&self) -> usize;
+
+    /// Bytes of it in huge pages.
+    fn huge_bytes(&self) -> usize {
+        0
+    }
 }
 
 /// The policies there are.

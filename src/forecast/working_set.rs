@@ -8,10 +8,17 @@ use super::bound::{Bounds, TStar};
 use super::chunks::Chunks;
 use super::{Config, Sample};
 use crate::page::{CHUNK_PAGES, Pfn};
+use crate::page_set::for_each_place;
+use crate::sys::simd::prefetch;
 use std::time::Duration;
 
 /// Samples told apart at one time, at most: 13 minutes at 50 ms. Even, and well below what a `u16` holds.
 const MAX_SAMPLES: usize = 16384;
+
+/// A sample's chunks whose state is asked for before it is needed.
+const CHUNKS_AHEAD: usize = 2;
+/// With more dirty pages than this in a chunk its state is walked through, and the hardware sees it coming.
+pub(super) const SPARSE: usize = 64;
 
 /// The number of the sample in which each page of a chunk was last dirty; 0: never.
 #[derive(Clone)]
@@ -59,27 +66,49 @@ impl WorkingSet {
         }
     }
 
-    /// Takes in a sample.
-    pub(super) fn record(&mut self, sample: &Sample) {
-        debug_assert!(sample.at >= self.last_sample_at(), "samples come in the order of time");
-        assert_eq!(sample.dirty.nr_pages(), self.nr_pages, "a sample of another page-number space");
+    /// Frees a number for the next sample. Numbers and times that are read between this and the sample stay true.
+    pub(super) fn make_room(&mut self) {
         if self.times.len() > self.max_samples {
             self.merge_samples();
         }
+    }
+
+    /// Takes in a sample. Before a chunk is, `before` sees it: its number, that of a chunk which comes soon, and the ages
+    /// of its pages up to now.
+    pub(super) fn record_with(
+        &mut self,
+        sample: &Sample,
+        mut before: impl FnMut(usize, Option<usize>, &AgeChunk),
+    ) {
+        debug_assert!(sample.at >= self.last_sample_at(), "samples come in the order of time");
+        assert_eq!(sample.dirty.nr_pages(), self.nr_pages, "a sample of another page-number space");
+        self.make_room();
         let number = self.times.len() as u16;
-        let mut dirty = 0;
+        let mut ahead = sample.dirty.occupied_chunks().skip(CHUNKS_AHEAD);
         for chunk in sample.dirty.occupied_chunks() {
-            let ages = self.chunks.get_or_insert(chunk, &NEVER_WRITTEN);
-            for pfn in sample.dirty.pages_of_chunk(chunk) {
-                let last = std::mem::replace(&mut ages.0[pfn.in_chunk()], number);
-                self.counts[usize::from(last)] -= 1;
-                dirty += 1;
+            let soon = ahead.next();
+            if let Some(soon) = soon.filter(|soon| sample.dirty.chunk_len(*soon) <= SPARSE)
+                && let Some(ages) = self.chunks.get(soon)
+            {
+                for_each_place(sample.dirty.chunk_words(soon), |place| prefetch(&ages.0[place]));
             }
+            let ages = self.chunks.get_or_insert(chunk, &NEVER_WRITTEN);
+            before(chunk, soon, ages);
+            for_each_place(sample.dirty.chunk_words(chunk), |place| {
+                let last = std::mem::replace(&mut ages.0[place], number);
+                self.counts[usize::from(last)] -= 1;
+            });
         }
         self.times.push(sample.at.max(self.last_sample_at()));
-        self.counts.push(dirty);
+        self.counts.push(sample.dirty.len());
         self.samples_taken += 1;
         self.bounds.record(&self.times, &self.counts);
+    }
+
+    /// Takes in a sample.
+    #[cfg(test)]
+    pub(super) fn record(&mut self, sample: &Sample) {
+        self.record_with(sample, |_, _, _| {});
     }
 
     /// Merges samples 1 and 2 into 1, 3 and 4 into 2, and so on; each pair keeps the time of its later sample.
@@ -147,6 +176,11 @@ impl WorkingSet {
     /// Bytes in use.
     pub fn state_bytes(&self) -> usize {
         self.chunks.bytes() + size_of_val(&*self.times) + size_of_val(&*self.counts) + self.bounds.bytes()
+    }
+
+    /// Bytes in huge pages, as the kernel reports it.
+    pub(super) fn huge_bytes(&self) -> usize {
+        self.chunks.huge_bytes()
     }
 
     /// The sample numbers of a chunk's pages, if any of them was written.
