@@ -7,7 +7,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::process::ExitCode;
 
-use pagecast::forecast::{Engine, PolicyKind};
+use pagecast::forecast::{Engine, OnNoConvergence, PolicyKind};
 use pagecast::page::Pfn;
 use pagecast::trace::format::Trace;
 use pagecast::trace::replay::{Observer, Setting, StopAt, replay};

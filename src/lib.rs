@@ -11,8 +11,8 @@
 //! * [`stream`]: the libxc migration stream, version 3: writer and strict reader. Pure.
 //! * [`transport`]: what two pagecasts say to each other around the stream.
 //! * [`destination`]: the receive side.
-//! * [`trace`]: recorded dirty-page traces.
-//! * [`report`]: progress, tables, JSON lines.
+//! * [`trace`]: recorded dirty-page traces, their replay and their clairvoyant bound.
+//! * [`report`]: progress, tables, JSON lines, pictures.
 //! * [`sys`]: the home of unsafe code and raw kernel interfaces; elsewhere only the ring, the slot pool and the sender
 //!   have some.
 //! * [`cli`]: one file for each subcommand.

@@ -2,11 +2,14 @@
 //!
 //! Exit codes, the same for all subcommands, are those of [`Exit`].
 
+mod bound;
 mod demo;
 mod guest;
+mod model;
 mod options;
 mod probe;
 mod receive;
+mod replay;
 mod send;
 mod take_back;
 pub mod units;
@@ -85,6 +88,10 @@ enum Command {
     Receive(receive::ReceiveArguments),
     /// Run a guest at the source again whose hand-over cannot be settled because the destination is gone for good
     TakeBack(take_back::TakeBackArguments),
+    /// Run policies over recorded dirty-page traces and compare them with the least possible
+    Replay(replay::ReplayArguments),
+    /// Show what no policy could do better on a recorded trace, and whether pre-copy can converge at all
+    Bound(bound::BoundArguments),
     /// Show what this host offers
     Probe(probe::ProbeArguments),
 }
@@ -101,6 +108,8 @@ pub fn run() -> ExitCode {
         Command::Send(arguments) => send::run(&arguments),
         Command::Receive(arguments) => receive::run(&arguments),
         Command::TakeBack(arguments) => take_back::run(&arguments),
+        Command::Replay(arguments) => replay::run(&arguments),
+        Command::Bound(arguments) => bound::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
     };
     let exit = result.unwrap_or_else(|failure| {

@@ -110,7 +110,8 @@ pub struct MigrationOptions {
 #[derive(Clone, Copy, Debug)]
 pub struct Rate(pub Option<u64>);
 
-fn parse_rate(text: &str) -> Result<Rate, String> {
+/// For clap.
+pub fn parse_rate(text: &str) -> Result<Rate, String> {
     units::rate(text).map(Rate)
 }
 

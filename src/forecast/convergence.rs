@@ -109,7 +109,7 @@ pub struct Convergence {
 }
 
 impl Convergence {
-    pub(super) fn new(config: Config) -> Self {
+    pub(crate) fn new(config: Config) -> Self {
         Convergence {
             config,
             samples: 0,

@@ -1,7 +1,12 @@
-//! What a person or a program is told: progress while a migration runs, a table or a JSON line when it is done.
+//! What a person or a program is told: progress while a migration runs, a table or a JSON line when it is done; what replays
+//! of traces come to (`replay`, `summary`, `bound`), and pictures of them (`plot`).
 
+pub mod bound;
 pub mod json;
+pub mod plot;
 pub mod progress;
+pub mod replay;
+pub mod summary;
 pub mod table;
 
 use serde::Serialize;

@@ -95,6 +95,67 @@ pub fn earliest(trace: &Trace, start: usize, pages_per_round: f64, budget_pages:
     }
 }
 
+/// What a sender with foresight could do at every stop there is.
+pub struct Survey {
+    /// `backlog*(T)` in pages for each T from 0 rounds after the start to the end of the trace.
+    pub backlogs: Vec<f64>,
+    /// The first stop within the budget.
+    pub earliest: Option<Earliest>,
+    /// The stop that `working_set` is of: the earliest within the budget, or where none is, the one with the least backlog.
+    pub stop: usize,
+    /// `W_T(k)` at that stop, for k from 1 to T.
+    pub working_set: Vec<u64>,
+}
+
+impl Survey {
+    /// Of a migration that begins at `start` with a link of `pages_per_round` and may stop with `budget_pages` left.
+    pub fn new(trace: &Trace, start: usize, pages_per_round: f64, budget_pages: f64) -> Self {
+        let mut clairvoyant = Clairvoyant::new(trace.nr_pages());
+        let mut survey = Survey { backlogs: Vec::new(), earliest: None, stop: 0, working_set: Vec::new() };
+        let mut least = f64::INFINITY;
+        loop {
+            let (rounds, backlog) = (clairvoyant.rounds(), clairvoyant.backlog(pages_per_round));
+            survey.backlogs.push(backlog);
+            if survey.earliest.is_none() && backlog < least {
+                least = backlog;
+                survey.stop = rounds;
+                survey.working_set = clairvoyant.working_set().collect();
+            }
+            if survey.earliest.is_none() && backlog <= budget_pages {
+                let total_s = (rounds as f64 + backlog / pages_per_round) * trace.period_s();
+                survey.earliest = Some(Earliest { rounds, backlog, total_s });
+            }
+            if start + rounds == trace.rounds().len() {
+                return survey;
+            }
+            clairvoyant.add_round(trace, start + rounds);
+        }
+    }
+
+    /// The least backlog of all stops, in pages.
+    pub fn least_backlog(&self) -> f64 {
+        self.backlogs.iter().copied().fold(f64::INFINITY, f64::min)
+    }
+}
+
+/// The slowest link, in pages a round and to within 2 %, with which a sender with foresight could stop with so many rounds
+/// of link left as the budget has. None if a link a thousand times `pages_per_round` would not do.
+pub fn least_link(trace: &Trace, start: usize, pages_per_round: f64, budget_rounds: f64) -> Option<f64> {
+    let enough = |link: f64| earliest(trace, start, link, budget_rounds * link).is_some();
+    let (mut low, mut high) = (pages_per_round, pages_per_round);
+    while !enough(high) {
+        if high > 1000.0 * pages_per_round {
+            return None;
+        }
+        (low, high) = (high, 2.0 * high);
+    }
+    while high > 1.02 * low {
+        let middle = (low * high).sqrt();
+        if enough(middle) { high = middle } else { low = middle }
+    }
+    Some(high)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,6 +197,26 @@ mod tests {
             }
             prop_assert_eq!(earliest(&trace, 0, pages_per_round, budget).map(|found| found.rounds), first);
         }
+    }
+
+    #[test]
+    fn a_survey_has_the_earliest_stop_and_the_working_set_of_it() {
+        // Pages 0 to 99 in every other round, the rest never.
+        let rounds: Vec<Vec<u32>> =
+            (0..60).map(|round| if round % 2 == 0 { (0..100).collect() } else { vec![] }).collect();
+        let trace = trace_of(&rounds);
+        let survey = Survey::new(&trace, 1, 20.0, 100.0);
+        assert_eq!(survey.earliest, earliest(&trace, 1, 20.0, 100.0));
+        let found = survey.earliest.unwrap();
+        assert_eq!((survey.stop, survey.backlogs.len()), (found.rounds, 60));
+        assert_eq!(survey.working_set.len(), survey.stop);
+        assert_eq!(survey.working_set.last(), Some(&100));
+        assert_eq!(survey.least_backlog(), 80.0, "one round to send what the last one wrote");
+        let hopeless = Survey::new(&trace, 1, 20.0, 50.0);
+        assert_eq!(hopeless.earliest, None);
+        assert_eq!(hopeless.backlogs[hopeless.stop], 80.0);
+        let link = least_link(&trace, 1, 20.0, 2.5).unwrap();
+        assert!((28.5..29.2).contains(&link), "100 pages are sent in a round and the budget: {link}");
     }
 
     #[test]

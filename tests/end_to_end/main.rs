@@ -6,4 +6,5 @@ mod faults;
 mod harness;
 mod input;
 mod migration;
+mod replay;
 mod unprivileged;

@@ -1,0 +1,218 @@
+//! `pagecast replay`: policies over recorded traces.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::model::ModelOptions;
+use super::{Exit, Failure, units};
+use crate::forecast::{OnNoConvergence, PolicyKind};
+use crate::report::plot::{self, Figure};
+use crate::report::{replay as report, summary};
+use crate::sys::{console, cpu};
+use crate::trace::contender::Contender;
+use crate::trace::decisions::Decisions;
+use crate::trace::series::Series;
+use crate::trace::shuffle::Order;
+use crate::trace::trials::{self, Audience, Plan, Trial};
+
+/// Stands for no limit: longer than any trace.
+const NO_LIMIT_S: f64 = 1e9;
+
+#[derive(Args)]
+pub struct ReplayArguments {
+    /// Traces: .pct or .pct.zst
+    #[arg(required = true, value_name = "TRACE")]
+    traces: Vec<PathBuf>,
+    /// Policies: xen, xen-skip, paper, heat, ar or all; NAME:own stops by the policy's own rule, NAME:budget as soon as
+    /// the rest fits the budget [without a suffix: xen-skip:budget, the others own]
+    #[arg(long, value_delimiter = ',', default_value = "xen,xen-skip,paper,ar")]
+    policy: Vec<String>,
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Orders of the 2 MiB chunks: seeds for random ones, none for that of the file
+    #[arg(long, value_name = "SEED", value_delimiter = ',', default_value = "none")]
+    shuffle: Vec<Order>,
+    /// After this time every policy stops [default: the trace's end]
+    #[arg(long, value_parser = units::time)]
+    max_time: Option<Duration>,
+    /// What a policy does that finds that it cannot converge, and every policy at --max-time: stop (send the rest with
+    /// the guest paused) or abort (call the migration off)
+    #[arg(long, default_value = "stop")]
+    on_no_convergence: OnNoConvergence,
+    /// Replays at a time [default: one for each core]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    jobs: Option<u16>,
+    /// One JSON object for each replay instead of a table
+    #[arg(long)]
+    json: bool,
+    /// After many replays only what they say of each policy; with --json as a last object. Replays xen and xen-skip as
+    /// well, to compare with, if they are not among the policies
+    #[arg(long, conflicts_with = "decisions")]
+    summary: bool,
+    /// Write what was sent in each round to a file, for tools/check-decisions; for a single replay
+    #[arg(long, value_name = "FILE")]
+    decisions: Option<PathBuf>,
+    /// Draw a picture, .svg or .html: a single replay over time, or many by policy
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+}
+
+/// What the words stand for.
+fn contenders(words: &[String]) -> Result<Vec<Contender>, String> {
+    let mut contenders: Vec<Contender> = Vec::new();
+    for word in words {
+        match word.as_str() {
+            "all" => contenders.extend(PolicyKind::ALL.map(Contender::plain)),
+            word => contenders.push(word.parse()?),
+        }
+    }
+    Ok(contenders)
+}
+
+impl ReplayArguments {
+    fn plan(&self) -> Result<Plan, String> {
+        Ok(Plan {
+            traces: self.traces.clone(),
+            orders: self.shuffle.clone(),
+            links: self.model.links()?,
+            budgets_s: self.model.budgets_s(),
+            starts: self.model.starts(),
+            contenders: contenders(&self.policy)?,
+            max_time_s: self.max_time.map_or(NO_LIMIT_S, |time| time.as_secs_f64()),
+            on_no_convergence: self.on_no_convergence()?,
+        })
+    }
+
+    fn on_no_convergence(&self) -> Result<OnNoConvergence, String> {
+        match self.on_no_convergence {
+            OnNoConvergence::Throttle => {
+                Err("a trace cannot be slowed down: it holds what the guest wrote unthrottled; \
+                                              choose --on-no-convergence stop or abort"
+                    .to_owned())
+            }
+            choice => Ok(choice),
+        }
+    }
+
+    fn threads(&self) -> usize {
+        let cores = || cpu::allowed_cores().map_or(1, |cores| cores.len());
+        self.jobs.map_or_else(cores, usize::from)
+    }
+}
+
+pub fn run(arguments: &ReplayArguments) -> Result<Exit, Failure> {
+    let plan = arguments.plan().map_err(Failure::usage)?;
+    if let Some(path) = &arguments.plot {
+        Figure::check_name(path).map_err(Failure::usage)?;
+    }
+    if plan.trials() == 1 && !arguments.summary {
+        return one(arguments, &plan);
+    }
+    if arguments.decisions.is_some() {
+        return Err(Failure::usage(format!(
+            "--decisions is for a single replay and these are {}; name one trace, policy, base, budget, start and order",
+            plan.trials()
+        )));
+    }
+    many(arguments, plan)
+}
+
+/// Runs the only replay and writes down or draws what it did.
+fn one(arguments: &ReplayArguments, plan: &Plan) -> Result<Exit, Failure> {
+    // Found out before the work is done.
+    let file = arguments.decisions.as_deref().map(create).transpose()?;
+    let made = trials::run_one(plan, |trace, shuffle| {
+        let decisions = file.is_some().then(|| Decisions::new(shuffle.clone()));
+        (decisions, arguments.plot.is_some().then(|| Series::new(trace)))
+    });
+    let (trial, (decisions, series)) = made.map_err(Failure::failed)?;
+    if let (Some((path, file)), Some(decisions)) = (file, decisions) {
+        let written = decisions.write(trial.outcome.stop_round, &mut BufWriter::new(file));
+        written.map_err(|error| cannot_write(path, &error))?;
+    }
+    if let (Some(path), Some(series)) = (&arguments.plot, series) {
+        let figure = plot::over_time(&trial, &series).map_err(Failure::failed)?;
+        figure.save(path).map_err(Failure::failed)?;
+    }
+    if arguments.json {
+        say_line(&trial);
+    } else {
+        console::say(format_args!("{}", report::table(&[&trial])));
+    }
+    Ok(Exit::Done)
+}
+
+fn create(path: &Path) -> Result<(&Path, File), Failure> {
+    File::create(path).map(|file| (path, file)).map_err(|error| cannot_write(path, &error))
+}
+
+fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::failed(format!("cannot write {}: {error}; is the folder there and writable?", path.display()))
+}
+
+/// Runs all replays, shows each and what they come down to.
+fn many(arguments: &ReplayArguments, mut plan: Plan) -> Result<Exit, Failure> {
+    let asked_for = plan.contenders.clone();
+    if arguments.summary {
+        for yardstick in [Contender::yardstick(), Contender::stock_xen()] {
+            if !asked_for.iter().any(|contender| contender.same_as(&yardstick)) {
+                plan.contenders.push(yardstick);
+            }
+        }
+    }
+    let mut show = Show { bar: bar(plan.trials()), lines: arguments.json, asked_for: &asked_for };
+    let trials = trials::run(&plan, arguments.threads(), &mut show);
+    show.bar.finish_and_clear();
+    let trials = trials.map_err(Failure::failed)?;
+    let summaries = summary::summarise(&trials, &asked_for);
+    let shown: Vec<&Trial> = trials.iter().filter(|trial| asked_for.contains(&trial.contender)).collect();
+    if let Some(path) = &arguments.plot {
+        let figure = plot::comparison(&shown, &summaries).map_err(Failure::failed)?;
+        figure.save(path).map_err(Failure::failed)?;
+    }
+    match (arguments.json, arguments.summary) {
+        (true, true) => console::say(format_args!("{}", json!({ "summary": summaries }))),
+        (true, false) => {}
+        (false, true) => console::say(format_args!("{}", summary::table(&summaries))),
+        (false, false) => {
+            console::say(format_args!("{}\n{}", report::table(&shown), summary::table(&summaries)));
+        }
+    }
+    Ok(Exit::Done)
+}
+
+fn say_line(trial: &Trial) {
+    console::say(format_args!("{}", report::Line::of(trial).to_json()));
+}
+
+/// A progress bar on standard error, seen on a terminal only.
+fn bar(trials: usize) -> ProgressBar {
+    let template = "{wide_bar} {pos} of {len} replays, {eta} left";
+    let style = ProgressStyle::with_template(template).expect("the template is well-formed");
+    ProgressBar::new(trials as u64).with_style(style)
+}
+
+struct Show<'a> {
+    bar: ProgressBar,
+    /// Whether to write JSON lines, and of whom.
+    lines: bool,
+    asked_for: &'a [Contender],
+}
+
+impl Audience for Show<'_> {
+    fn one_done(&mut self) {
+        self.bar.inc(1);
+    }
+
+    fn next(&mut self, trial: &Trial) {
+        if self.lines && self.asked_for.contains(&trial.contender) {
+            self.bar.suspend(|| say_line(trial));
+        }
+    }
+}

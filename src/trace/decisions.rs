@@ -1,0 +1,71 @@
+//! What a replayed policy sent and when it stopped, as text that an outsider can check against the trace without any of
+//! this crate's code:
+//!
+//! ```text
+//! t ROUND          the round of the trace, ascending; rounds in which nothing was sent are left out
+//! s FIRST COUNT    pages FIRST .. FIRST + COUNT were sent in it; runs ascend, each page at most once a round
+//! stop ROUND       last: at the start of this round it stopped, and the backlog was sent with the guest paused
+//! ```
+//!
+//! Pages are those of the trace file, also when its chunks were shuffled for the replay.
+
+use std::io::{self, Write};
+
+use super::format::Run;
+use super::replay::Observer;
+use super::shuffle::Shuffle;
+use crate::forecast::Engine;
+use crate::page::Pfn;
+
+/// Everything that was sent before the stop, round by round.
+pub struct Decisions {
+    shuffle: Shuffle,
+    /// Round of the trace, and the pages sent in it as ascending runs.
+    rounds: Vec<(usize, Vec<Run>)>,
+}
+
+impl Decisions {
+    /// Of a replay of the trace that `shuffle` gave.
+    pub fn new(shuffle: Shuffle) -> Self {
+        Decisions { shuffle, rounds: Vec::new() }
+    }
+
+    /// Writes all of it as text.
+    pub fn write(&self, stop_round: usize, into: &mut impl Write) -> io::Result<()> {
+        for (round, runs) in self.rounds.iter().filter(|(_, runs)| !runs.is_empty()) {
+            writeln!(into, "t {round}")?;
+            for run in runs {
+                writeln!(into, "s {} {}", run.first, run.count)?;
+            }
+        }
+        writeln!(into, "stop {stop_round}")?;
+        into.flush()
+    }
+}
+
+impl Observer for Decisions {
+    fn round(&mut self, round: usize, sent: &[Pfn], _: &Engine) {
+        self.rounds.push((round, self.shuffle.recorded(sent)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::forecast::PolicyKind;
+    use crate::trace::replay::tests::{setting, trace_of};
+    use crate::trace::replay::{StopAt, replay};
+    use crate::trace::shuffle::Order;
+
+    #[test]
+    fn decisions_are_the_pages_sent_in_each_round() {
+        let trace = trace_of(&[vec![1, 2], vec![], vec![]]);
+        let mut decisions = Decisions::new(Shuffle::new(Order::Recorded, 1));
+        let outcome = replay(&trace, &setting(PolicyKind::Xen, StopAt::Own), &mut decisions);
+        assert_eq!((outcome.reason, outcome.converged, outcome.stop_round), (None, false, 3));
+        let mut text = Vec::new();
+        decisions.write(outcome.stop_round, &mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        assert_eq!(text, "t 0\ns 0 20\nt 1\ns 20 21\nt 2\ns 41 20\nstop 3\n", "20.5 pages a round");
+    }
+}
