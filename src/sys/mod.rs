@@ -9,6 +9,7 @@ pub mod descriptors;
 pub mod guest_memory;
 pub mod memory_info;
 pub mod pagemap;
+pub mod ptrace;
 pub mod slot_memory;
 pub mod socket;
 pub mod uring;
@@ -25,6 +26,9 @@ pub enum TrackingError {
     /// The kernel has it, this process may not.
     #[error("the rights do not allow dirty tracking: {0}")]
     Rights(String),
+    /// The process to be tracked is of a kind that cannot be.
+    #[error("{0}")]
+    Target(String),
     /// A call failed for another reason.
     #[error("cannot {0}: {1}")]
     Io(&'static str, #[source] io::Error),
