@@ -11,6 +11,7 @@
 //! * [`stream`]: the libxc migration stream, version 3: writer and strict reader. Pure.
 //! * [`transport`]: what two pagecasts say to each other around the stream.
 //! * [`destination`]: the receive side.
+//! * [`trace`]: recorded dirty-page traces.
 //! * [`report`]: progress, tables, JSON lines.
 //! * [`sys`]: the home of unsafe code and raw kernel interfaces; elsewhere only the ring, the slot pool and the sender
 //!   have some.
@@ -30,4 +31,5 @@ pub mod pipeline;
 pub mod report;
 pub mod stream;
 pub mod sys;
+pub mod trace;
 pub mod transport;
