@@ -7,6 +7,7 @@ mod guest;
 mod options;
 mod probe;
 mod receive;
+mod record;
 mod send;
 mod take_back;
 pub mod units;
@@ -82,6 +83,8 @@ enum Command {
     Receive(receive::ReceiveArguments),
     /// Run a guest at the source again whose hand-over cannot be settled because the destination is gone for good
     TakeBack(take_back::TakeBackArguments),
+    /// Record which pages a process, a command or a guest writes
+    Record(record::RecordArguments),
     /// Show what this host offers
     Probe(probe::ProbeArguments),
 }
@@ -98,6 +101,7 @@ pub fn run() -> ExitCode {
         Command::Send(arguments) => send::run(&arguments),
         Command::Receive(arguments) => receive::run(&arguments),
         Command::TakeBack(arguments) => take_back::run(&arguments),
+        Command::Record(arguments) => record::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
     };
     let exit = result.unwrap_or_else(|failure| {

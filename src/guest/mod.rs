@@ -4,6 +4,7 @@
 //! (scanner) and [`PageSource`] (mapper, one for each lane).
 
 pub mod arena;
+pub mod process;
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;

@@ -2,6 +2,7 @@
 
 pub mod json;
 pub mod progress;
+pub mod recording;
 pub mod table;
 
 use serde::Serialize;

@@ -6,6 +6,7 @@
 pub mod console;
 pub mod cpu;
 pub mod descriptors;
+pub mod fault_cost;
 pub mod guest_memory;
 pub mod memory_info;
 pub mod pagemap;

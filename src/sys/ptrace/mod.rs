@@ -135,6 +135,3 @@ pub fn open_userfaultfd(order: &Order) -> Result<Opened, BorrowError> {
 pub fn open_userfaultfd(_: &Order) -> Result<Opened, BorrowError> {
     Err(BorrowError::Architecture)
 }
-
-#[cfg(all(test, target_arch = "x86_64"))]
-mod tests;

@@ -253,8 +253,7 @@ fn run(order: &Order, socket: BorrowedFd<'_>) {
     let result = thread.errand();
     let stopped = thread.since.map_or(Duration::ZERO, |since| since.elapsed());
     let fault = result.as_ref().err().copied().unwrap_or(Fault::of(Step::None));
-    let answer =
-        Answer { fault, seccomp: order.has_seccomp, stopped_ns: stopped.as_nanos() as u64 }.encode();
+    let answer = Answer { fault, seccomp: order.has_seccomp, stopped_ns: stopped.as_nanos() as u64 }.encode();
     // Nobody may be listening any more; the errand was done all the same.
     let _ = match &result {
         Ok(descriptor) => descriptors::send(socket, &answer, &[descriptor.as_fd()]),
@@ -387,7 +386,9 @@ impl Thread<'_> {
         let data: *mut T = data;
         // SAFETY: each caller passes the structure that the request reads or writes, by its size in `address` where the
         // request wants that; it outlives the call.
-        unsafe { libc::ptrace(request, self.order.thread, address as *mut c_void, data.cast::<c_void>()) >= 0 }
+        unsafe {
+            libc::ptrace(request, self.order.thread, address as *mut c_void, data.cast::<c_void>()) >= 0
+        }
     }
 
     fn proceed(&self, how: c_uint, signal: c_int) -> Result<(), Fault> {
