@@ -11,4 +11,6 @@ pub mod areas;
 pub mod attach;
 pub mod ids;
 pub mod proc;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests;
 pub mod tracker;

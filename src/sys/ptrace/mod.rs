@@ -135,3 +135,7 @@ pub fn open_userfaultfd(order: &Order) -> Result<Opened, BorrowError> {
 pub fn open_userfaultfd(_: &Order) -> Result<Opened, BorrowError> {
     Err(BorrowError::Architecture)
 }
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(crate) mod specimen;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests;

@@ -20,7 +20,7 @@
 //! happen.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use libc::{c_int, c_uint, c_void, user_regs_struct};
@@ -243,11 +243,15 @@ fn full_signal_set() -> libc::sigset_t {
 
 /// The tracer's whole life.
 fn run(order: &Order, socket: BorrowedFd<'_>) {
-    // SAFETY: both take no pointers of ours but a string literal. A session of its own keeps signals that are meant
-    // for the recorder's group or terminal away; failing would change nothing else.
+    let own = socket.as_raw_fd() as c_uint;
+    // SAFETY: none takes a pointer of ours but a string literal. A session of its own keeps signals that are meant
+    // for the recorder's group or terminal away. What is closed are copies, of which this process uses none: other
+    // targets' userfaultfds must not outlive the recorder here. Failing would change nothing else.
     unsafe {
         libc::setsid();
         libc::prctl(libc::PR_SET_NAME, c"pagecast-tracer".as_ptr());
+        libc::close_range(3, own.saturating_sub(1), 0);
+        libc::close_range(own + 1, c_uint::MAX, 0);
     }
     let mut thread = Thread { order, since: None, blocked: None };
     let result = thread.errand();
@@ -336,8 +340,7 @@ impl Thread<'_> {
                 return Err(Fault::last(Step::TakeDescriptor));
             }
             let process = OwnedFd::from_raw_fd(process as i32);
-            let taken =
-                libc::syscall(libc::SYS_pidfd_getfd, std::os::fd::AsRawFd::as_raw_fd(&process), number, 0);
+            let taken = libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0);
             if taken < 0 {
                 return Err(Fault::last(Step::TakeDescriptor));
             }
