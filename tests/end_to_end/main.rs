@@ -5,4 +5,5 @@ mod faults;
 mod harness;
 mod input;
 mod migration;
+mod record;
 mod unprivileged;

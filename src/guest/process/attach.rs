@@ -1,7 +1,7 @@
 //! One process, attached to: its userfaultfd and its page map.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::proc::{self, Stat};
 use crate::sys::TrackingError;
@@ -26,15 +26,47 @@ pub struct Attachment {
     pub stopped: Duration,
 }
 
+/// How long a process that is just becoming another program may take until that can be attached to.
+const EXEC_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Why an attempt to attach failed.
+enum Attempt {
+    /// The process is within exec: the old program is gone, the new one is not all there.
+    InExec,
+    Failed(TrackingError),
+}
+
+impl From<TrackingError> for Attempt {
+    fn from(error: TrackingError) -> Self {
+        Attempt::Failed(error)
+    }
+}
+
 impl Attachment {
     /// Attaches to a running process.
     pub fn new(pid: i32) -> Result<Self, TrackingError> {
+        let since = Instant::now();
+        loop {
+            match Self::attempt(pid) {
+                Ok(attachment) => return Ok(attachment),
+                Err(Attempt::Failed(error)) => return Err(error),
+                Err(Attempt::InExec) if since.elapsed() > EXEC_PATIENCE => {
+                    return Err(TrackingError::Target(format!(
+                        "process {pid} has no system call instruction to borrow, or becomes one program after the other"
+                    )));
+                }
+                Err(Attempt::InExec) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    fn attempt(pid: i32) -> Result<Self, Attempt> {
         if pid == std::process::id() as i32 {
-            return Err(TrackingError::Target("pagecast cannot attach to itself".to_owned()));
+            return Err(TrackingError::Target("pagecast cannot attach to itself".to_owned()).into());
         }
         let stat = Stat::of(pid).map_err(|error| failed(pid, &error))?;
         if stat.has_ended() {
-            return Err(gone(pid));
+            return Err(gone(pid).into());
         }
         let pagemap = Pagemap::of_process(pid).map_err(|error| failed(pid, &error))?;
         let opened = open_userfaultfd(pid)?;
@@ -42,30 +74,29 @@ impl Attachment {
         // Had it become another program meanwhile, the page map would be of the one before.
         let now = Stat::of(pid).map_err(|error| failed(pid, &error))?;
         if (now.program, now.start_ticks) != (stat.program, stat.start_ticks) {
-            return Err(TrackingError::Target(format!("process {pid} is just becoming another program")));
+            return Err(Attempt::InExec);
         }
         Ok(Attachment { pid, uffd, pagemap, stat, stopped: opened.stopped })
     }
 }
 
-fn open_userfaultfd(pid: i32) -> Result<Opened, TrackingError> {
-    let syscall_at =
-        proc::find_syscall_instruction(pid).map_err(|error| failed(pid, &error))?.ok_or_else(|| {
-            TrackingError::Target(format!("process {pid} has no system call instruction to borrow"))
-        })?;
+fn open_userfaultfd(pid: i32) -> Result<Opened, Attempt> {
+    let found = proc::find_syscall_instruction(pid).map_err(|error| failed(pid, &error))?;
+    let syscall_at = found.ok_or(Attempt::InExec)?;
     let has_seccomp = proc::has_seccomp(pid);
     let mut last = gone(pid);
     for thread in proc::threads_least_disturbed_first(pid).into_iter().take(MAX_THREADS) {
         match ptrace::open_userfaultfd(&Order { pid, thread, syscall_at, has_seccomp }) {
             Ok(opened) => return Ok(opened),
             Err(BorrowError::Gone) => {}
+            Err(BorrowError::NoInstruction) => return Err(Attempt::InExec),
             Err(error) if error.is_of_thread() => {
                 last = TrackingError::Target(format!("cannot attach to process {pid}: {error}"));
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(TrackingError::from(error).into()),
         }
     }
-    Err(last)
+    Err(last.into())
 }
 
 fn gone(pid: i32) -> TrackingError {

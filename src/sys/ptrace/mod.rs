@@ -78,6 +78,9 @@ pub enum BorrowError {
     /// It was in the middle of what must not be interrupted, again and again.
     #[error("the thread is never outside a restartable sequence (rseq)")]
     Restartable,
+    /// The instruction is not where it was a moment ago; the process may have become another program.
+    #[error("there is no system call instruction at the given place")]
+    NoInstruction,
     /// Its own userfaultfd call failed.
     #[error("process {0} cannot open a userfaultfd: {1}")]
     Refused(i32, #[source] io::Error),

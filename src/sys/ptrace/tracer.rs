@@ -195,7 +195,7 @@ impl Answer {
             Step::ThirtyTwoBit => Err(BorrowError::ThirtyTwoBit(pid)),
             Step::Dispatched => Err(BorrowError::Dispatched(pid)),
             Step::Restartable => Err(BorrowError::Restartable),
-            Step::NoInstruction => io("find the system call instruction where it was a moment ago"),
+            Step::NoInstruction => Err(BorrowError::NoInstruction),
             Step::Inject => io("have the thread make a system call"),
             Step::Refused => Err(BorrowError::Refused(pid, io::Error::from_raw_os_error(errno))),
             Step::TakeDescriptor => io("take the descriptor out of the process (pidfd_getfd)"),
