@@ -2,8 +2,10 @@
 //!
 //! Exit codes, the same for all subcommands, are those of [`Exit`].
 
+mod children;
 mod demo;
 mod guest;
+mod mirror;
 mod options;
 mod probe;
 mod receive;
@@ -83,6 +85,8 @@ enum Command {
     Receive(receive::ReceiveArguments),
     /// Run a guest at the source again whose hand-over cannot be settled because the destination is gone for good
     TakeBack(take_back::TakeBackArguments),
+    /// Send the image of a running process through the whole pipeline and compare it at the stop
+    Mirror(mirror::MirrorArguments),
     /// Record which pages a process, a command or a guest writes
     Record(record::RecordArguments),
     /// Show what this host offers
@@ -101,6 +105,7 @@ pub fn run() -> ExitCode {
         Command::Send(arguments) => send::run(&arguments),
         Command::Receive(arguments) => receive::run(&arguments),
         Command::TakeBack(arguments) => take_back::run(&arguments),
+        Command::Mirror(arguments) => mirror::run(&arguments),
         Command::Record(arguments) => record::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
     };

@@ -8,12 +8,11 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::options::OutputOptions;
+use super::options::{MemoryOptions, OutputOptions};
 use super::{Exit, Failure, interrupted, units};
 use crate::guest::arena::client::ArenaGuest;
-use crate::guest::process::areas::Wanted;
 use crate::guest::process::proc;
-use crate::guest::process::tracker::{Choice, MOST_CHUNKS, Tracker};
+use crate::guest::process::tracker::{Choice, Tracker};
 use crate::report::progress::RecordingDisplay;
 use crate::report::recording;
 use crate::sys::{console, cpu, fault_cost};
@@ -21,6 +20,9 @@ use crate::trace::record::{GuestSubject, Recording, Settings, Subject, record};
 
 /// How long a command may take to end when it is asked to.
 const END_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Mappings below this are left out: 256 KiB.
+const DEFAULT_MIN_MAPPING: u64 = 256 << 10;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -75,23 +77,6 @@ struct SubjectOptions {
     command: Vec<String>,
 }
 
-/// Which memory of a process counts.
-#[derive(Args, Clone, Debug)]
-pub struct MemoryOptions {
-    /// Follow the descendants of the process too, also those that appear later
-    #[arg(long, conflicts_with = "socket")]
-    pub children: bool,
-    /// Include memory that can be shared: memfd, System V, /dev/shm, shared anonymous
-    #[arg(long, conflicts_with = "socket")]
-    pub shared: bool,
-    /// Include the main thread's stack
-    #[arg(long, conflicts_with = "socket")]
-    pub stack: bool,
-    /// Leave out mappings smaller than this
-    #[arg(long, default_value = "256KiB", value_parser = units::size, conflicts_with = "socket")]
-    pub min_mapping: u64,
-}
-
 pub fn run(arguments: &RecordArguments) -> Result<Exit, Failure> {
     if arguments.period < Duration::from_millis(1) || arguments.period > Duration::from_secs(60) {
         return Err(Failure::usage("--period is to be from 1ms to 60s"));
@@ -101,6 +86,12 @@ pub fn run(arguments: &RecordArguments) -> Result<Exit, Failure> {
     }
     let subject = &arguments.subject;
     if let Some(socket) = &subject.socket {
+        let memory = &arguments.memory;
+        if memory.children || memory.shared || memory.stack || memory.min_mapping.is_some() {
+            return Err(Failure::usage(
+                "--children, --shared, --stack and --min-mapping are for processes and not for a guest (--socket)",
+            ));
+        }
         let mut guest = ArenaGuest::connect(socket).map_err(Failure::failed)?;
         let name = format!("arena guest, {}, seed {}", guest.workload(), guest.seed());
         let mut subject = GuestSubject::start(&mut guest).map_err(Failure::failed)?;
@@ -108,18 +99,15 @@ pub fn run(arguments: &RecordArguments) -> Result<Exit, Failure> {
     }
     if let Some(pid) = subject.pid {
         let name = proc::name(pid).unwrap_or_else(|| format!("process {pid}"));
-        let mut tracker = Tracker::attach(pid, arguments.memory.choice()).map_err(Failure::failed)?;
+        let mut tracker = Tracker::attach(pid, choice(&arguments.memory)).map_err(Failure::failed)?;
         return run_on(arguments, &mut tracker, &name).map(|_| Exit::Done);
     }
     run_command(arguments)
 }
 
-impl MemoryOptions {
-    fn choice(&self) -> Choice {
-        let wanted =
-            Wanted { min_bytes: self.min_mapping, shared: self.shared, stack: self.stack, read_only: false };
-        Choice { wanted, children: self.children, max_chunks: MOST_CHUNKS }
-    }
+/// What can be written of it.
+fn choice(memory: &MemoryOptions) -> Choice {
+    memory.choice(DEFAULT_MIN_MAPPING, false)
 }
 
 fn run_on(arguments: &RecordArguments, subject: &mut dyn Subject, name: &str) -> Result<Recording, Failure> {
@@ -153,7 +141,7 @@ fn run_on(arguments: &RecordArguments, subject: &mut dyn Subject, name: &str) ->
 fn run_command(arguments: &RecordArguments) -> Result<Exit, Failure> {
     let mut child = start(&arguments.subject.command)?;
     let pid = child.id() as i32;
-    let result = Tracker::attach(pid, arguments.memory.choice())
+    let result = Tracker::attach(pid, choice(&arguments.memory))
         .map_err(Failure::failed)
         .and_then(|mut tracker| run_on(arguments, &mut tracker, &arguments.subject.command.join(" ")));
     if arguments.leave_running {

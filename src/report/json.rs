@@ -1,5 +1,6 @@
 //! JSON lines: `{"event":"progress",…}` while a migration runs, `{"event":"report",…}` when one is done.
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{Report, ms, per_gb};
@@ -23,6 +24,28 @@ pub fn progress(progress: &Progress) -> Value {
 /// The line of a migration that was not done; where the guest is by now is part of `message`.
 pub fn failed(message: &str) -> Value {
     json!({ "event": "failed", "message": message })
+}
+
+/// What is known of a process image besides the migration's figures.
+#[derive(Clone, Debug, Serialize)]
+pub struct Mirrored {
+    /// The process.
+    pub pid: i32,
+    /// Processes tracked at the stop.
+    pub processes: usize,
+    /// Pages of the image that were populated at the stop.
+    pub pages_populated: u64,
+    /// Pages compared at the stop.
+    pub pages_verified: u64,
+    /// What the destination said of running it.
+    pub destination_said: String,
+}
+
+/// The line of a finished mirroring, after that of the migration.
+pub fn mirrored(mirrored: &Mirrored) -> Value {
+    let mut line = json!(mirrored);
+    line["event"] = json!("mirrored");
+    line
 }
 
 /// The line of a finished migration. Times are milliseconds, `pages_*` are pages of 4 KiB, `bytes_*` bytes.

@@ -137,6 +137,19 @@ impl Pagemap {
         self.walk(wanted, start, end, &mut |from, to, _| found(from, to))
     }
 
+    /// What [`Pagemap::take_written_present`] would report, and leaves the log as it is.
+    pub fn peek_written_present(
+        &mut self,
+        start: u64,
+        end: u64,
+        found: &mut dyn FnMut(u64, u64),
+    ) -> io::Result<()> {
+        let all_of = Category::WRITTEN | Category::PRESENT;
+        let flags = ScanFlags::CHECK_WPASYNC;
+        let wanted = Wanted { flags, all_of, any_of: Category::empty(), told: Category::WRITTEN };
+        self.walk(wanted, start, end, &mut |from, to, _| found(from, to))
+    }
+
     /// Calls `found(start, end, written)` with the populated runs of a range, those in swap among them, and clears
     /// the log of the written ones. What was populated before and is not reported now has been given back to the
     /// kernel: it reads as zeroes. EPERM as in [`Pagemap::take_written_present`].

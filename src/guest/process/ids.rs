@@ -34,7 +34,7 @@ pub struct Stretch {
 
 /// The id space is as large as it may become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the memory has outgrown the {0} chunks of 2 MiB that there is room for")]
+#[error("the memory has outgrown the {} MiB that there is room for", u64::from(*.0) * 2)]
 pub struct Full(pub u32);
 
 /// Ids of all chunks seen so far.
@@ -50,6 +50,15 @@ impl Ids {
         Ids { chunks: HashMap::new(), va_chunks: Vec::new(), max_chunks }
     }
 
+    /// Has no more than `max_chunks` chunks be numbered, those included that are.
+    pub fn limit(&mut self, max_chunks: u32) -> Result<(), Full> {
+        if self.va_chunks.len() > max_chunks as usize {
+            return Err(Full(max_chunks));
+        }
+        self.max_chunks = max_chunks;
+        Ok(())
+    }
+
     /// Size of the id space so far, in pages.
     pub fn nr_pages(&self) -> u64 {
         (self.va_chunks.len() * CHUNK_PAGES) as u64
@@ -60,16 +69,15 @@ impl Ids {
         &self.va_chunks
     }
 
-    /// Calls `run(first id, count, new)` with the ids of a stretch, chunk by chunk; `new`: the chunk had none before.
-    pub fn number(&mut self, stretch: Stretch, run: &mut dyn FnMut(Pfn, u64, bool)) -> Result<(), Full> {
+    /// Calls `run(first id, count, page)` with the ids of a stretch, chunk by chunk; `page`: where within the place.
+    pub fn number(&mut self, stretch: Stretch, run: &mut dyn FnMut(Pfn, u64, u64)) -> Result<(), Full> {
         let (mut page, end) = (stretch.page, stretch.page + stretch.count);
         while page < end {
             let in_chunk = page % CHUNK_PAGES as u64;
             let count = (CHUNK_PAGES as u64 - in_chunk).min(end - page);
             let known = self.va_chunks.len() as u32;
             let chunk = *self.chunks.entry((stretch.place, page / CHUNK_PAGES as u64)).or_insert(known);
-            let is_new = chunk == known;
-            if is_new {
+            if chunk == known {
                 if known >= self.max_chunks {
                     self.chunks.remove(&(stretch.place, page / CHUNK_PAGES as u64));
                     return Err(Full(self.max_chunks));
@@ -77,7 +85,7 @@ impl Ids {
                 let va = stretch.va + ((page - stretch.page) << PAGE_SHIFT);
                 self.va_chunks.push(va.saturating_sub(in_chunk << PAGE_SHIFT) >> CHUNK_SHIFT);
             }
-            run(Pfn(u64::from(chunk) * CHUNK_PAGES as u64 + in_chunk), count, is_new);
+            run(Pfn(u64::from(chunk) * CHUNK_PAGES as u64 + in_chunk), count, page);
             page += count;
         }
         Ok(())
@@ -88,10 +96,10 @@ impl Ids {
 mod tests {
     use super::*;
 
-    fn numbered(ids: &mut Ids, place: Place, page: u64, count: u64, va: u64) -> Vec<(u64, u64, bool)> {
+    fn numbered(ids: &mut Ids, place: Place, page: u64, count: u64, va: u64) -> Vec<(u64, u64, u64)> {
         let mut runs = Vec::new();
         let stretch = Stretch { place, page, count, va };
-        ids.number(stretch, &mut |first, count, new| runs.push((first.0, count, new))).unwrap();
+        ids.number(stretch, &mut |first, count, page| runs.push((first.0, count, page))).unwrap();
         runs
     }
 
@@ -99,9 +107,9 @@ mod tests {
     fn neighbours_within_a_chunk_are_neighbours_by_id_and_an_address_keeps_its_id() {
         let mut ids = Ids::new(10);
         let (one, other) = (Place::Space(0), Place::Space(1));
-        assert_eq!(numbered(&mut ids, one, 1000, 30, 1000 << 12), [(488, 24, true), (512, 6, true)]);
-        assert_eq!(numbered(&mut ids, other, 1000, 1, 1000 << 12), [(1024 + 488, 1, true)]);
-        assert_eq!(numbered(&mut ids, one, 1023, 2, 1023 << 12), [(511, 1, false), (512, 1, false)]);
+        assert_eq!(numbered(&mut ids, one, 1000, 30, 1000 << 12), [(488, 24, 1000), (512, 6, 1024)]);
+        assert_eq!(numbered(&mut ids, other, 1000, 1, 1000 << 12), [(1024 + 488, 1, 1000)]);
+        assert_eq!(numbered(&mut ids, one, 1023, 2, 1023 << 12), [(511, 1, 1023), (512, 1, 1024)]);
         assert_eq!(ids.va_chunks(), [1, 2, 1]);
         assert_eq!(ids.nr_pages(), 3 * 512);
     }
@@ -110,8 +118,8 @@ mod tests {
     fn a_shared_object_has_the_same_ids_through_every_mapping() {
         let mut ids = Ids::new(10);
         let object = Place::Object(1, 2053);
-        assert_eq!(numbered(&mut ids, object, 3, 2, 0x7f00_0000_3000), [(3, 2, true)]);
-        assert_eq!(numbered(&mut ids, object, 4, 1, 0x6600_0040_4000), [(4, 1, false)]);
+        assert_eq!(numbered(&mut ids, object, 3, 2, 0x7f00_0000_3000), [(3, 2, 3)]);
+        assert_eq!(numbered(&mut ids, object, 4, 1, 0x6600_0040_4000), [(4, 1, 4)]);
         assert_eq!(ids.va_chunks(), [0x7f00_0000_0000 >> 21]);
     }
 
@@ -122,6 +130,6 @@ mod tests {
         let more = Stretch { place: Place::Space(0), page: 512, count: 1, va: 512 << 12 };
         assert_eq!(ids.number(more, &mut |_, _, _| panic!("there is no room")), Err(Full(1)));
         assert_eq!(ids.nr_pages(), 512);
-        assert_eq!(numbered(&mut ids, Place::Space(0), 7, 1, 7 << 12), [(7, 1, false)]);
+        assert_eq!(numbered(&mut ids, Place::Space(0), 7, 1, 7 << 12), [(7, 1, 7)]);
     }
 }

@@ -15,6 +15,8 @@ pub struct Stat {
     pub state: u8,
     /// Minor faults of all its threads so far.
     pub minor_faults: u64,
+    /// Minor faults of its children that have ended and that it has taken note of.
+    pub child_faults: u64,
     /// CPU time of all its threads so far, in user mode and in the kernel.
     pub cpu: Duration,
     /// When it was started, in clock ticks after boot; with the number it names a process for good.
@@ -41,6 +43,7 @@ impl Stat {
         Some(Stat {
             state: *fields.first()?.as_bytes().first()?,
             minor_faults: number(10)?,
+            child_faults: number(11)?,
             cpu: Duration::from_secs_f64(ticks as f64 / ticks_per_s.max(1) as f64),
             start_ticks: number(22)?,
             program: (number(26)?, number(28)?),
@@ -62,6 +65,12 @@ pub fn name(pid: i32) -> Option<String> {
 pub fn threads(pid: i32) -> Vec<i32> {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
     entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// The state of a thread, by its letter; None when it is gone.
+pub fn thread_state(pid: i32, thread: i32) -> Option<u8> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat")).ok()?;
+    text.rsplit_once(") ")?.1.bytes().next()
 }
 
 /// The children of a process that are there now.

@@ -5,7 +5,10 @@
 //! if any of the processes wrote it through its own mapping, so all that map it have to be attached to, and it has one
 //! number for all of them (by device, inode and offset).
 //!
-//! What is told of a mapping in its first round is everything populated in it. In private memory a page counts again when
+//! A round of a recording tells pages ([`Tracker::round`]), a survey for a migration also what is populated
+//! ([`Tracker::survey`]).
+//!
+//! What a recording tells of a mapping in its first round is everything populated in it. In private memory a page counts again when
 //! it is newly populated; in shared memory, where a mere reader populates its own mapping, only when it is written.
 
 use std::collections::{BTreeMap, HashSet};
@@ -17,7 +20,7 @@ use super::areas::{self, Area, Backing, Wanted};
 use super::attach::Attachment;
 use super::ids::{Full, Ids, Place, Stretch};
 use super::proc::{self, Stat};
-use crate::page::PAGE_SIZE;
+use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
 use crate::sys::TrackingError;
 use crate::sys::pagemap::{Pagemap, scan_error};
@@ -61,6 +64,35 @@ pub struct Toll {
 pub struct Found {
     /// Processes still there.
     pub alive: usize,
+    /// Since the round before a process has ended, or a child of one that may never have been seen. What it wrote last to
+    /// memory that it shared with others is not told.
+    pub ended: bool,
+}
+
+/// A run of pages that a survey found populated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// The first page's id.
+    pub first: Pfn,
+    /// How many, within one chunk.
+    pub count: u64,
+    /// Written since the survey before.
+    pub written: bool,
+    /// Memory that others may map too.
+    pub shared: bool,
+    /// Through whose mapping it was seen.
+    pub pid: i32,
+    /// The first page's address there.
+    pub va: u64,
+}
+
+/// What a round asks the page maps.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// What was written.
+    Written,
+    /// What is populated, and what of that was written.
+    Populated,
 }
 
 /// The processes that are followed.
@@ -98,16 +130,40 @@ impl Tracker {
     /// Adds to `dirty`, which grows with the id space, the pages written since the round before; in its first round
     /// everything populated.
     pub fn round(&mut self, dirty: &mut PageSet) -> Result<Found, TrackingError> {
-        self.mind_the_living()?;
+        self.take(How::Written, &mut |seen| {
+            dirty.grow((seen.first.chunk() as u64 + 1) * CHUNK_PAGES as u64);
+            dirty.insert_run(seen.first, seen.count);
+        })
+    }
+
+    /// Tells all populated pages, and which of them were written since the survey before.
+    pub fn survey(&mut self, found: &mut dyn FnMut(&Seen)) -> Result<Found, TrackingError> {
+        self.take(How::Populated, found)
+    }
+
+    /// Looks which pages of a range of one process were written since the survey before. What cannot be told is left out.
+    pub fn peek(&mut self, pid: i32, range: Range<u64>, found: &mut dyn FnMut(u64, u64)) {
+        if let Some(process) = self.processes.iter_mut().find(|process| process.attachment.pid == pid) {
+            let _ = process.attachment.pagemap.peek_written_present(range.start, range.end, found);
+        }
+    }
+
+    fn take(&mut self, how: How, found: &mut dyn FnMut(&Seen)) -> Result<Found, TrackingError> {
+        let ended = self.mind_the_living()?;
         self.adopt_children();
         for process in &mut self.processes {
             let listed = areas::list(process.attachment.pid, &self.choice.wanted, &mut self.text);
             // One that has just ended has no mappings; the next round will see that it is gone.
             let listed = listed.unwrap_or_default();
             process.follow(listed, &mut self.toll);
-            process.take(&mut self.ids, dirty)?;
+            process.take(how, &mut self.ids, found)?;
         }
-        Ok(Found { alive: self.processes.len() })
+        Ok(Found { alive: self.processes.len(), ended })
+    }
+
+    /// Settles how many chunks there is room for, in all; an error if there are more already.
+    pub fn limit_chunks(&mut self, max_chunks: u32) -> Result<(), TrackingError> {
+        self.ids.limit(max_chunks).map_err(|full| TrackingError::Target(full.to_string()))
     }
 
     /// The ids given out so far.
@@ -134,8 +190,10 @@ impl Tracker {
         self.spaces += 1;
     }
 
-    /// Drops the processes that have ended, and attaches again to those that run another program now.
-    fn mind_the_living(&mut self) -> Result<(), TrackingError> {
+    /// Drops the processes that have ended, and attaches again to those that run another program now. True: one has
+    /// ended, or a child of one.
+    fn mind_the_living(&mut self) -> Result<bool, TrackingError> {
+        let mut ended = false;
         for index in (0..self.processes.len()).rev() {
             let process = &mut self.processes[index];
             let pid = process.attachment.pid;
@@ -143,11 +201,13 @@ impl Tracker {
             let now = Stat::of(pid).ok().filter(|stat| stat.start_ticks == started && !stat.has_ended());
             if let Some(now) = now {
                 let same_program = now.program == process.attachment.stat.program;
+                ended |= now.child_faults != process.last.child_faults;
                 process.last = now;
                 if same_program {
                     continue;
                 }
             }
+            ended = true;
             let process = self.processes.swap_remove(index);
             self.toll = self.toll.with(&process);
             drop(process);
@@ -159,7 +219,7 @@ impl Tracker {
                 }
             }
         }
-        Ok(())
+        Ok(ended)
     }
 
     /// Attaches to descendants that are not attached to yet. Those that cannot be are counted and left alone.
@@ -243,27 +303,33 @@ impl Process {
         }
     }
 
-    /// Adds what was written to `dirty`.
-    fn take(&mut self, ids: &mut Ids, dirty: &mut PageSet) -> Result<(), TrackingError> {
-        let (uffd, pagemap) = (&self.attachment.uffd, &mut self.attachment.pagemap);
+    /// Tells what its page map says.
+    fn take(&mut self, how: How, ids: &mut Ids, found: &mut dyn FnMut(&Seen)) -> Result<(), TrackingError> {
+        let (uffd, pagemap, pid) = (&self.attachment.uffd, &mut self.attachment.pagemap, self.attachment.pid);
         for tracked in self.areas.values_mut() {
             let area = &tracked.area;
-            let mut full = None;
-            let mut found = |from: u64, to: u64| {
-                if let Err(error) = note(ids, dirty, stretch(self.space, area, from, to)) {
-                    full = Some(error);
+            let shared = area.backing != Backing::Private;
+            let mut full = Ok(());
+            let mut number = |from: u64, to: u64, written: bool| {
+                let stretch = stretch(self.space, area, from, to);
+                let numbered = ids.number(stretch, &mut |first, count, page| {
+                    let va = stretch.va + (page - stretch.page) * PAGE_SIZE as u64;
+                    found(&Seen { first, count, written, shared, pid, va });
+                });
+                if numbered.is_err() {
+                    full = numbered;
                 }
             };
             let mut scanned = Ok(());
             tracked.parts.retain_mut(|part| {
-                let mut result = part.take(area.backing, pagemap, &mut found);
+                let mut result = part.take(area.backing, how, pagemap, &mut number);
                 if result.as_ref().is_err_and(is_not_registered) {
                     // Another mapping has come in the place of the one that was registered.
                     part.armed = false;
                     if uffd.register_in_target(part.range.clone()).is_err() {
                         return false;
                     }
-                    result = part.take(area.backing, pagemap, &mut found);
+                    result = part.take(area.backing, how, pagemap, &mut number);
                 }
                 match result {
                     Err(error) if is_not_registered(&error) => return false,
@@ -272,9 +338,7 @@ impl Process {
                 }
                 true
             });
-            if let Some(Full(chunks)) = full {
-                return Err(TrackingError::Target(Full(chunks).to_string()));
-            }
+            full.map_err(|error: Full| TrackingError::Target(error.to_string()))?;
             match scanned {
                 // The process has ended under our hands.
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
@@ -289,17 +353,20 @@ impl Part {
     fn take(
         &mut self,
         backing: Backing,
+        how: How,
         pagemap: &mut Pagemap,
-        found: &mut dyn FnMut(u64, u64),
+        found: &mut dyn FnMut(u64, u64, bool),
     ) -> io::Result<()> {
         let (start, end) = (self.range.start, self.range.end);
-        match (backing, self.armed) {
-            (Backing::Private, _) => pagemap.take_written_present(start, end, found)?,
-            (Backing::Shared { .. }, true) => pagemap.take_written(start, end, found)?,
-            (Backing::Shared { .. }, false) => {
+        let mut written = |from, to| found(from, to, true);
+        match (how, backing, self.armed) {
+            (How::Populated, _, _) => pagemap.take_populated(start, end, found)?,
+            (How::Written, Backing::Private, _) => pagemap.take_written_present(start, end, &mut written)?,
+            (How::Written, Backing::Shared { .. }, true) => pagemap.take_written(start, end, &mut written)?,
+            (How::Written, Backing::Shared { .. }, false) => {
                 // Armed first, then told: what is written in between is told twice rather than never.
                 pagemap.take_written(start, end, &mut |_, _| {})?;
-                pagemap.present(start, end, found)?;
+                pagemap.present(start, end, &mut written)?;
             }
         }
         self.armed = true;
@@ -343,12 +410,5 @@ fn stretch(space: u32, area: &Area, from: u64, to: u64) -> Stretch {
     }
 }
 
-fn note(ids: &mut Ids, dirty: &mut PageSet, stretch: Stretch) -> Result<(), Full> {
-    ids.number(stretch, &mut |first, count, _| {
-        dirty.grow((first.chunk() as u64 + 1) * crate::page::CHUNK_PAGES as u64);
-        dirty.insert_run(first, count);
-    })
-}
-
 /// The id space may become as large as a trace can be: 16 TiB.
-pub const MOST_CHUNKS: u32 = u32::MAX / crate::page::CHUNK_PAGES as u32;
+pub const MOST_CHUNKS: u32 = u32::MAX / CHUNK_PAGES as u32;
