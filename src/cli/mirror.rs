@@ -98,15 +98,25 @@ pub fn run(arguments: &MirrorArguments) -> Result<Exit, Failure> {
             mirrored.pages_verified,
             report.migration.pages
         ));
+        if mirrored.processes_not_attached > 0 || mirrored.mappings_skipped > 0 {
+            console::say(format_args!(
+                "NOT in the image: {} processes that could not be attached to, {} mappings that could not be tracked",
+                mirrored.processes_not_attached, mirrored.mappings_skipped
+            ));
+        }
         console::say(format_args!("the destination says of the image: {}", mirrored.destination_said));
     }
     Ok(Exit::Done)
 }
 
 fn mirrored(guest: &ProcessGuest, pid: i32, migration: &Migration) -> json::Mirrored {
+    let toll = guest.image().toll();
     json::Mirrored {
         pid,
         processes: guest.image().processes().len(),
+        processes_not_attached: toll.not_attached,
+        mappings_skipped: toll.skipped_mappings,
+        stopped_most_ms: ms(toll.stopped_most),
         pages_populated: guest.image().populated_pages(),
         pages_verified: migration.verified_pages,
         destination_said: guest.farewell().unwrap_or("nothing").to_owned(),

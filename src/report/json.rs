@@ -33,6 +33,12 @@ pub struct Mirrored {
     pub pid: i32,
     /// Processes tracked at the stop.
     pub processes: usize,
+    /// Descendants that could not be attached to: their private memory is no part of the image.
+    pub processes_not_attached: u64,
+    /// Mappings that could not be tracked: no part of the image either.
+    pub mappings_skipped: u64,
+    /// How long a thread was stopped at most to attach to it.
+    pub stopped_most_ms: f64,
     /// Pages of the image that were populated at the stop.
     pub pages_populated: u64,
     /// Pages compared at the stop.

@@ -84,6 +84,7 @@ pub fn report(recording: &Recording, path: &str, bytes: u64, fault_cost: Option<
         "dirty_pages_per_s": per_s(r.dirty_pages.total, r.elapsed),
         "interval_us": r.interval_us,
         "scan_us": r.scan_us,
+        "cpu_ms": ms(r.cpu),
         "fault_cost_measured_ns": fault_cost.map(|cost| cost.as_nanos() as u64),
         "fault_time_estimated_ms": estimated_fault_time(r, fault_cost).map(ms),
         "target": toll,
@@ -122,11 +123,11 @@ pub fn table(recording: &Recording, path: &str, bytes: u64, fault_cost: Option<D
         format!("{} / {} / {} / {}", dirty.mean, dirty.p50, dirty.p99, dirty.max),
     );
     let scan = r.scan_us;
-    let share = scan.total as f64 / 1e6 / r.elapsed.as_secs_f64().max(1e-9) * 100.0;
+    let share = r.cpu.as_secs_f64() / r.elapsed.as_secs_f64().max(1e-9) * 100.0;
     row(
         "scan: mean / p50 / p99 / max",
         format!(
-            "{:.2} / {:.2} / {:.2} / {:.2} ms; {share:.1} % of a core",
+            "{:.2} / {:.2} / {:.2} / {:.2} ms; recording took {share:.1} % of a core",
             of_interval(scan.mean),
             of_interval(scan.p50),
             of_interval(scan.p99),

@@ -9,6 +9,7 @@ use crate::guest::process::tracker::{Toll, Tracker};
 use crate::guest::{DirtyLog, GuestControl, GuestError};
 use crate::page::CHUNK_PAGES;
 use crate::page_set::PageSet;
+use crate::sys::cpu;
 
 /// How often the abort flag is looked at while a deadline is awaited.
 const LOOK: Duration = Duration::from_millis(20);
@@ -170,6 +171,8 @@ pub struct Recording {
     pub interval_us: Spread,
     /// Time for a scan, in microseconds.
     pub scan_us: Spread,
+    /// CPU time that recording took, writing the rounds included.
+    pub cpu: Duration,
     /// What it cost the subject.
     pub toll: Option<Toll>,
 }
@@ -215,7 +218,9 @@ pub fn record(
         start_realtime_ns: since_1970.as_nanos() as u64,
     };
     let mut log = Log::default();
+    let cpu_before = cpu::thread_cpu_time();
     let ended = rounds(subject, settings, abort, &mut writer, &mut log, show)?;
+    log.cpu = cpu::thread_cpu_time().saturating_sub(cpu_before);
     let va_chunks = subject.va_chunks();
     if va_chunks.is_empty() || log.rounds == 0 {
         return Err(RecordError::Nothing);
@@ -232,6 +237,7 @@ struct Log {
     first_pages: u64,
     touched: Option<PageSet>,
     elapsed: Duration,
+    cpu: Duration,
     dirty_pages: Vec<u64>,
     interval_us: Vec<u64>,
     scan_us: Vec<u64>,
@@ -267,6 +273,7 @@ impl Log {
             dirty_pages: Spread::of(&mut self.dirty_pages),
             interval_us: Spread::of(&mut self.interval_us),
             scan_us: Spread::of(&mut self.scan_us),
+            cpu: self.cpu,
             toll: subject.toll(),
         }
     }

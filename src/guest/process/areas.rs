@@ -29,6 +29,13 @@ pub struct Area {
     pub pieces: Vec<Range<u64>>,
 }
 
+impl Area {
+    /// Bytes of it.
+    pub fn length(&self) -> u64 {
+        self.range.end - self.range.start
+    }
+}
+
 /// Which mappings count.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
@@ -60,7 +67,7 @@ fn parse(text: &str, wanted: &Wanted) -> Vec<Area> {
             _ => areas.push(Area { range: range.clone(), backing, pieces: vec![range] }),
         }
     }
-    areas.retain(|area| area.range.end - area.range.start >= wanted.min_bytes);
+    areas.retain(|area| area.length() >= wanted.min_bytes);
     areas
 }
 
@@ -71,7 +78,7 @@ fn continues(area: &Area, range: &Range<u64>, backing: Backing) -> bool {
         && match (area.backing, backing) {
             (Backing::Private, Backing::Private) => true,
             (Backing::Shared { object, offset }, Backing::Shared { object: other, offset: at }) => {
-                object == other && offset + (area.range.end - area.range.start) == at
+                object == other && offset + area.length() == at
             }
             _ => false,
         }

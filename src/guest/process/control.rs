@@ -5,6 +5,7 @@
 //! the process runs on here. It does so on every way out: when a migration fails, when this is dropped, and, by a
 //! [`Guardian`], when this process is killed.
 
+use std::collections::HashSet;
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::areas;
+use super::areas::{self, Backing};
 use super::image::{Image, ImagePages};
 use super::log::ImageLog;
 use super::proc::{self, Stat};
@@ -114,9 +115,12 @@ fn expected_chunks(tracker: &mut Tracker, choice: &Choice) -> Result<u64, Tracki
     let populated = tracker.ids().nr_pages() / CHUNK_PAGES as u64;
     let wanted = areas::Wanted { read_only: false, ..choice.wanted };
     let mut text = String::new();
+    let mut objects = HashSet::new();
     let mapped: u64 = tracker
         .pids()
         .flat_map(|pid| areas::list(pid, &wanted, &mut text).unwrap_or_default())
+        // However many map it, an object's memory is there once.
+        .filter(|area| area.backing == Backing::Private || objects.insert((area.backing, area.length())))
         .map(|area| area.range.end.div_ceil(CHUNK_BYTES) - area.range.start / CHUNK_BYTES)
         .sum();
     let chunks = populated.max(mapped.min(populated + MAX_UNTOUCHED_CHUNKS));

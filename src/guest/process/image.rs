@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
-use super::tracker::Seen;
+use super::tracker::{Seen, Toll};
 use crate::guest::{PageContent, PageSource};
 use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn, is_zero};
 use crate::page_set::{CHUNK_WORDS, PageSet};
@@ -32,6 +32,7 @@ pub struct Image {
     /// Populated pages that could not be read when they were to be sent.
     unread: Mutex<HashSet<u64>>,
     processes: Mutex<Vec<i32>>,
+    toll: Mutex<Toll>,
 }
 
 impl Image {
@@ -44,6 +45,7 @@ impl Image {
             homes: RwLock::new(vec![None; (nr_pages as usize).div_ceil(CHUNK_PAGES)]),
             unread: Mutex::new(HashSet::new()),
             processes: Mutex::new(Vec::new()),
+            toll: Mutex::new(Toll::default()),
         }
     }
 
@@ -94,11 +96,17 @@ impl Image {
         Some((home.pid, home.va.wrapping_add((pfn.in_chunk() * PAGE_SIZE) as u64)))
     }
 
-    /// Notes who is tracked now.
-    pub(super) fn note_processes(&self, pids: impl Iterator<Item = i32>) {
+    /// Notes who is tracked now, and what that has cost.
+    pub(super) fn note_processes(&self, pids: impl Iterator<Item = i32>, toll: Toll) {
+        *self.toll.lock().expect("nobody panics with the toll in hand") = toll;
         let mut processes = self.processes.lock().expect("nobody panics with the list in hand");
         processes.clear();
         processes.extend(pids);
+    }
+
+    /// What the tracking has cost, and what could not be tracked and is no part of the image.
+    pub fn toll(&self) -> Toll {
+        *self.toll.lock().expect("nobody panics with the toll in hand")
     }
 
     /// Who is tracked.

@@ -48,7 +48,7 @@ impl DirtyLog for ImageLog {
                 dirty.insert_run(seen.first, seen.count);
             }
         })?;
-        image.note_processes(self.tracker.pids());
+        image.note_processes(self.tracker.pids(), self.tracker.toll());
         if found.alive == 0 {
             return Err(TrackingError::Target("the process has ended".to_owned()).into());
         }

@@ -11,7 +11,7 @@
 //! What a recording tells of a mapping in its first round is everything populated in it. In private memory a page counts again when
 //! it is newly populated; in shared memory, where a mere reader populates its own mapping, only when it is written.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::ops::Range;
 use std::time::Duration;
@@ -28,6 +28,9 @@ use crate::sys::userfaultfd::{NotRegistered, Userfaultfd};
 
 /// Processes followed at a time.
 const MAX_PROCESSES: usize = 4096;
+
+/// How often a descendant is tried to be attached to, a round each.
+const ATTEMPTS: u8 = 3;
 
 /// What to track of whom.
 #[derive(Clone, Copy, Debug)]
@@ -104,8 +107,8 @@ pub struct Tracker {
     toll: Toll,
     /// Spaces numbered so far.
     spaces: u32,
-    /// Processes that could not be attached to, by number and start.
-    refused: HashSet<(i32, u64)>,
+    /// How often processes could not be attached to, by number and start.
+    refused: HashMap<(i32, u64), u8>,
     text: String,
 }
 
@@ -119,7 +122,7 @@ impl Tracker {
             ids: Ids::new(choice.max_chunks),
             toll: Toll::default(),
             spaces: 0,
-            refused: HashSet::new(),
+            refused: HashMap::new(),
             text: String::new(),
         };
         tracker.add(Attachment::new(root)?);
@@ -237,16 +240,16 @@ impl Tracker {
                 }
                 ask.push(child);
                 let Ok(stat) = Stat::of(child) else { continue };
-                if stat.has_ended() || self.refused.contains(&(child, stat.start_ticks)) {
+                if stat.has_ended() || self.refused.get(&(child, stat.start_ticks)) == Some(&ATTEMPTS) {
                     continue;
                 }
                 match Attachment::new(child) {
                     Ok(attachment) => self.add(attachment),
-                    // Gone, or just becoming another program: the next round will tell.
-                    Err(_) if Stat::of(child).map_or(true, |now| now.program != stat.program) => {}
+                    // It may just be ending, or becoming another program: the next rounds will tell.
                     Err(_) => {
-                        self.refused.insert((child, stat.start_ticks));
-                        self.toll.not_attached += 1;
+                        let failures = self.refused.entry((child, stat.start_ticks)).or_insert(0);
+                        *failures += 1;
+                        self.toll.not_attached += u64::from(*failures == ATTEMPTS);
                     }
                 }
             }
@@ -358,15 +361,22 @@ impl Part {
         found: &mut dyn FnMut(u64, u64, bool),
     ) -> io::Result<()> {
         let (start, end) = (self.range.start, self.range.end);
-        let mut written = |from, to| found(from, to, true);
-        match (how, backing, self.armed) {
-            (How::Populated, _, _) => pagemap.take_populated(start, end, found)?,
-            (How::Written, Backing::Private, _) => pagemap.take_written_present(start, end, &mut written)?,
-            (How::Written, Backing::Shared { .. }, true) => pagemap.take_written(start, end, &mut written)?,
-            (How::Written, Backing::Shared { .. }, false) => {
-                // Armed first, then told: what is written in between is told twice rather than never.
+        match (backing, self.armed, how) {
+            (Backing::Private, _, How::Written) => {
+                pagemap.take_written_present(start, end, &mut |from, to| found(from, to, true))?;
+            }
+            (Backing::Private, _, How::Populated) => pagemap.take_populated(start, end, found)?,
+            // With its holes armed too, a page that is only read through this mapping does not count as written.
+            (Backing::Shared { .. }, true, _) => {
+                pagemap.take_written(start, end, &mut |from, to| found(from, to, true))?;
+                if how == How::Populated {
+                    pagemap.present(start, end, &mut |from, to| found(from, to, false))?;
+                }
+            }
+            // Armed first, then told: what is written in between is told twice rather than never.
+            (Backing::Shared { .. }, false, _) => {
                 pagemap.take_written(start, end, &mut |_, _| {})?;
-                pagemap.present(start, end, &mut written)?;
+                pagemap.present(start, end, &mut |from, to| found(from, to, true))?;
             }
         }
         self.armed = true;

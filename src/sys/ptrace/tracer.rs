@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use libc::{c_int, c_uint, c_void, user_regs_struct};
 
 use super::{BorrowError, Order, SYSCALL_INSTRUCTION};
-use crate::sys::descriptors;
+use crate::sys::{cpu, descriptors};
 
 /// How long the thread may take to stop.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -241,6 +241,18 @@ fn full_signal_set() -> libc::sigset_t {
     }
 }
 
+/// Waits until a stop is announced by SIGCHLD, which is blocked here as all signals are, or the time is over. No
+/// spinning: that would keep the core from the very thread that is waited for.
+fn await_child_signal(left: Duration) {
+    let time = libc::timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+    // SAFETY: the set is initialised; all structures outlive the call, and nobody wants the signal's details.
+    unsafe {
+        let mut child: libc::sigset_t = std::mem::zeroed();
+        libc::sigaddset(&mut child, libc::SIGCHLD);
+        libc::sigtimedwait(&child, std::ptr::null_mut(), &time);
+    }
+}
+
 /// The tracer's whole life.
 fn run(order: &Order, socket: BorrowedFd<'_>) {
     let own = socket.as_raw_fd() as c_uint;
@@ -253,6 +265,9 @@ fn run(order: &Order, socket: BorrowedFd<'_>) {
         libc::close_range(3, own.saturating_sub(1), 0);
         libc::close_range(own + 1, c_uint::MAX, 0);
     }
+    // So that the borrowed thread does not have to wait for others to have had their turn before this process gives it
+    // back. Without the right to it, it takes longer on a busy host: 16 ms instead of 1 were seen.
+    let _ = cpu::run_in_real_time();
     let mut thread = Thread { order, since: None, blocked: None };
     let result = thread.errand();
     let stopped = thread.since.map_or(Duration::ZERO, |since| since.elapsed());
@@ -428,7 +443,6 @@ impl Thread<'_> {
 
     /// The next stop: its signal and its event.
     fn wait(&self, since: Instant) -> Result<(c_int, c_int), Fault> {
-        let mut looks = 0;
         loop {
             let mut status = 0;
             // SAFETY: waits for one traced thread and stores its status.
@@ -443,17 +457,11 @@ impl Thread<'_> {
                 }
                 return Ok((libc::WSTOPSIG(status), status >> 16));
             }
-            if since.elapsed() > PATIENCE {
+            let left = PATIENCE.saturating_sub(since.elapsed());
+            if left.is_zero() {
                 return Err(Fault::of(Step::Stuck));
             }
-            looks += 1;
-            if looks < 200 {
-                std::thread::yield_now();
-            } else {
-                let nap = libc::timespec { tv_sec: 0, tv_nsec: 50_000 };
-                // SAFETY: sleeps; the remaining time is not wanted.
-                unsafe { libc::nanosleep(&nap, std::ptr::null_mut()) };
-            }
+            await_child_signal(left);
         }
     }
 
