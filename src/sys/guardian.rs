@@ -98,3 +98,38 @@ fn mind(pipe: &OwnedFd) {
         unsafe { libc::kill(*pid, libc::SIGCONT) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::process::proc::Stat;
+    use rustix::process::{Pid, Signal, kill_process};
+
+    #[test]
+    fn whoever_is_minded_runs_on_when_the_minder_goes() {
+        let mut target = std::process::Command::new("sleep").arg("100").spawn().expect("sleep");
+        let pid = Pid::from_child(&target);
+        let state = || Stat::of(pid.as_raw_nonzero().get()).unwrap().state;
+        let stopped = |wanted: bool| {
+            let since = std::time::Instant::now();
+            while (state() == b'T') != wanted {
+                assert!(since.elapsed().as_secs() < 30, "state {}", state() as char);
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+        };
+        for forgets in [false, true] {
+            let mut guardian = Guardian::start().unwrap();
+            guardian.mind(pid.as_raw_nonzero().get()).unwrap();
+            kill_process(pid, Signal::STOP).unwrap();
+            stopped(true);
+            if forgets {
+                guardian.forget().unwrap();
+            }
+            drop(guardian);
+            // Somebody else's stop is no concern of a guardian that was told to forget.
+            stopped(forgets);
+        }
+        let _ = target.kill();
+        let _ = target.wait();
+    }
+}

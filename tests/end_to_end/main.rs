@@ -5,5 +5,6 @@ mod faults;
 mod harness;
 mod input;
 mod migration;
+mod mirror;
 mod record;
 mod unprivileged;

@@ -13,7 +13,7 @@ use crate::harness::{
 };
 
 /// Whether this machine lets a process be attached to; if not, says that the test is skipped and why.
-fn attaching_or_skip(test: &str) -> bool {
+pub fn attaching_or_skip(test: &str) -> bool {
     if !tracking_or_skip(test) {
         return false;
     }

@@ -126,7 +126,7 @@ fn disturbance(syscall: &str) -> u8 {
     }
 }
 
-/// Where in the memory of a process there is a `syscall` instruction: in the kernel's own [vdso], or else in any
+/// Where in the memory of a process there is a `syscall` instruction: in the kernel's own `[vdso]`, or else in any
 /// executable mapping, files first.
 pub fn find_syscall_instruction(pid: i32) -> io::Result<Option<u64>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;

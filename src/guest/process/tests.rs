@@ -1,8 +1,12 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::areas::Wanted;
+use super::image::{Image, ImagePages};
+use super::log::ImageLog;
 use super::tracker::{Choice, MOST_CHUNKS, Tracker};
-use crate::page::PAGE_SIZE;
+use crate::guest::{DirtyLog, PageContent, PageSource};
+use crate::page::{PAGE_SIZE, Pfn, is_zero};
 use crate::page_set::PageSet;
 use crate::sys::TrackingError;
 use crate::sys::ptrace::specimen::Specimen;
@@ -109,6 +113,65 @@ fn a_second_tracker_finds_the_mappings_taken_and_a_later_one_does_not() {
         assert_eq!(round(&mut later, base, 2048), BTreeSet::from([5]));
         assert_eq!(later.toll().skipped_mappings, 0);
     }
+}
+
+#[test]
+fn an_image_reads_what_the_process_has_and_zeroes_where_it_has_nothing_any_more() {
+    let test = "an_image_reads_what_the_process_has_and_zeroes_where_it_has_nothing_any_more";
+    let mut specimen = Specimen::start(false);
+    let base = specimen.ask("map 10000")[0].div_ceil(PAGE_SIZE as u64) * PAGE_SIZE as u64;
+    specimen.ask("write 0 0 7 300");
+    specimen.ask("write 0 0 14 150");
+    let Some(tracker) = attach_or_skip(specimen.pid(), test) else { return };
+    let image = Arc::new(Image::new(64 * 512));
+    let mut log = ImageLog::new(tracker, image.clone());
+    let page_of = |image: &Image, pfn: Pfn| {
+        let (_, va) = image.place(pfn)?;
+        let page = va.checked_sub(base)? / PAGE_SIZE as u64;
+        (page < 9999).then_some(page)
+    };
+    let contents = |image: &Arc<Image>| {
+        let mut found = BTreeMap::new();
+        ImagePages::new(image.clone()).each(&mut |pfn, bytes, could_be_read| {
+            assert!(could_be_read);
+            if let Some(page) = page_of(image, pfn).filter(|_| !is_zero(bytes)) {
+                found.insert(page, bytes[0]);
+            }
+        });
+        found
+    };
+    let mut dirty = PageSet::empty(image.nr_pages());
+    log.get_and_clear(&mut dirty).unwrap();
+    let mut expected: BTreeMap<u64, u8> = (0..300).map(|number| (7 * number, 1)).collect();
+    expected.extend((0..150).map(|number| (14 * number, 2)));
+    assert_eq!(contents(&image), expected);
+
+    // Written: told, and read anew. Read in batches and page by page alike.
+    specimen.ask("write 0 21 1 3");
+    dirty.clear();
+    log.get_and_clear(&mut dirty).unwrap();
+    let told: BTreeSet<u64> = dirty.iter().filter_map(|pfn| page_of(&image, pfn)).collect();
+    assert_eq!(told, BTreeSet::from([21, 22, 23]));
+    expected.extend([(21, 2), (22, 1), (23, 1)]);
+    let mut pages = ImagePages::new(image.clone());
+    let asked: Vec<Pfn> = dirty.iter().collect();
+    pages.gather(&asked);
+    for pfn in asked {
+        let mut bytes = [0; PAGE_SIZE];
+        let content = pages.copy(pfn, &mut bytes);
+        if let Some(page) = page_of(&image, pfn) {
+            assert_eq!((content, bytes[0]), (PageContent::Data, expected[&page]));
+        }
+    }
+    assert_eq!(contents(&image), expected);
+
+    // Given back: told, and zeroes.
+    specimen.ask("unmap 0");
+    dirty.clear();
+    log.get_and_clear(&mut dirty).unwrap();
+    let told: BTreeSet<u64> = dirty.iter().filter_map(|pfn| page_of(&image, pfn)).collect();
+    assert_eq!(told, expected.keys().copied().collect());
+    assert_eq!(contents(&image), BTreeMap::new());
 }
 
 #[test]

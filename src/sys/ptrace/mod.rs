@@ -3,7 +3,7 @@
 //!
 //! **The target lives on, whatever happens here.** While a thread is borrowed its registers and its signal mask are not
 //! its own; a tracer that died then would set it free like that. So the borrowing is not done by this process but by a
-//! child forked for it, the [`tracer`]: in a session of its own and with every signal blocked, it needs nothing from this
+//! child forked for it, the tracer: in a session of its own and with every signal blocked, it needs nothing from this
 //! process but the order. A SIGKILL of the recorder, of its process group or of its terminal in the middle of an
 //! attachment leaves the tracer to end it. Only a SIGKILL of the tracer itself, within the fraction of a millisecond that
 //! it lives (or the kernel's out-of-memory killer choosing it), could do harm. After the attachment nothing of the target
