@@ -4,7 +4,7 @@
 //! Where to look:
 //!
 //! * [`page`], [`page_set`]: page numbers and sets of pages, the words everything shares.
-//! * [`guest`]: where pages come from: the traits, and the embedded guest (`arena`).
+//! * [`guest`]: where pages come from: the traits, the embedded guest (`arena`), and unmodified processes (`process`).
 //! * [`forecast`]: the policies (`xen`, `xen-skip`, `paper`, `heat`, `ar`), the state they keep, the stop rule and
 //!   the clairvoyant bound. Pure: no I/O, no threads, no unsafe.
 //! * [`pipeline`]: the source: control, and the pinned stages scanner, mapper and sender with their rings.

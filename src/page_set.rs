@@ -62,6 +62,16 @@ impl PageSet {
         set
     }
 
+    /// Makes the page-number space larger, to `nr_pages`; a smaller number changes nothing.
+    pub fn grow(&mut self, nr_pages: u64) {
+        let chunks = (nr_pages as usize).div_ceil(CHUNK_PAGES);
+        if chunks > self.bits.len() {
+            self.bits.resize(chunks, ChunkBits::default());
+            self.counts.resize(chunks, 0);
+        }
+        self.nr_pages = self.nr_pages.max(nr_pages);
+    }
+
     /// Size of the page-number space.
     pub fn nr_pages(&self) -> u64 {
         self.nr_pages

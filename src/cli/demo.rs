@@ -1,15 +1,13 @@
 //! `pagecast demo`: a guest, a live migration and the proof, on one machine without Xen.
 
-use std::io::{BufRead, BufReader};
-use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use super::children::{Folder, Process, pagecast, start_receiver};
 use super::options::{GuestOptions, MigrationOptions, OutputOptions, Rate};
 use super::send::at_source;
 use super::{Exit, Failure, interrupted, units};
@@ -144,56 +142,6 @@ fn introduce(arguments: &DemoArguments, settings: &Settings, first: bool) {
     ));
 }
 
-/// A folder for sockets that only this user can look into, and that goes when it is dropped.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Result<Self, Failure> {
-        let failed = |error: &dyn std::fmt::Display| {
-            Failure::failed(format!(
-                "cannot make a folder for sockets in {}: {error}",
-                std::env::temp_dir().display()
-            ))
-        };
-        let name = crate::transport::session::new_migration().map_err(|error| failed(&error))?;
-        let path = std::env::temp_dir().join(format!("pagecast-{}", &name[..12]));
-        std::fs::DirBuilder::new().mode(0o700).create(&path).map_err(|error| failed(&error))?;
-        Ok(Folder(path))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A process of ours that ends when this is dropped.
-struct Process(Child);
-
-impl Process {
-    fn start(command: &mut Command) -> Result<Self, Failure> {
-        // Ctrl-C is for the migrator: a guest must not die of it.
-        let child = command.stdin(Stdio::null()).process_group(0).spawn();
-        child.map(Process).map_err(|error| Failure::failed(format!("cannot start another pagecast: {error}")))
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn pagecast(subcommand: &str) -> Result<Command, Failure> {
-    let program = std::env::current_exe()
-        .map_err(|error| Failure::failed(format!("cannot tell where this program is: {error}")))?;
-    let mut command = Command::new(program);
-    command.arg(subcommand).arg("--die-with-parent");
-    Ok(command)
-}
-
 /// Starts a guest, migrates it under one policy and lets it run on.
 fn one(
     arguments: &DemoArguments,
@@ -261,24 +209,6 @@ fn wait_for_guest(socket: &Path, process: &mut Process) -> Result<ArenaGuest, Fa
             return Err(Failure::failed("the guest ended before it could be migrated"));
         }
         std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// Starts a receiver for a guest whose control socket will be `socket`, and returns where it listens.
-fn start_receiver(socket: &Path, capture: Option<&Path>) -> Result<(Process, String), Failure> {
-    let mut command = pagecast("receive")?;
-    command.arg("--listen").arg("127.0.0.1:0").arg("--socket").arg(socket).stdout(Stdio::piped());
-    if let Some(capture) = capture {
-        command.arg("--capture").arg(capture);
-    }
-    let mut process = Process::start(&mut command)?;
-    let mut line = String::new();
-    if let Some(output) = process.0.stdout.take() {
-        let _ = BufReader::new(output).read_line(&mut line);
-    }
-    match line.trim().strip_prefix("listening on ") {
-        Some(address) => Ok((process, address.to_owned())),
-        None => Err(Failure::failed("the receiver did not start")),
     }
 }
 

@@ -3,12 +3,15 @@
 //! Exit codes, the same for all subcommands, are those of [`Exit`].
 
 mod bound;
+mod children;
 mod demo;
 mod guest;
+mod mirror;
 mod model;
 mod options;
 mod probe;
 mod receive;
+mod record;
 mod replay;
 mod send;
 mod take_back;
@@ -92,6 +95,10 @@ enum Command {
     Replay(replay::ReplayArguments),
     /// Show what no policy could do better on a recorded trace, and whether pre-copy can converge at all
     Bound(bound::BoundArguments),
+    /// Send the image of a running process through the whole pipeline and compare it at the stop
+    Mirror(mirror::MirrorArguments),
+    /// Record which pages a process, a command or a guest writes
+    Record(record::RecordArguments),
     /// Show what this host offers
     Probe(probe::ProbeArguments),
 }
@@ -110,6 +117,8 @@ pub fn run() -> ExitCode {
         Command::TakeBack(arguments) => take_back::run(&arguments),
         Command::Replay(arguments) => replay::run(&arguments),
         Command::Bound(arguments) => bound::run(&arguments),
+        Command::Mirror(arguments) => mirror::run(&arguments),
+        Command::Record(arguments) => record::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
     };
     let exit = result.unwrap_or_else(|failure| {

@@ -7,6 +7,8 @@ use clap::Args;
 use super::units;
 use crate::forecast::{OnNoConvergence, PolicyKind};
 use crate::guest::arena::{Spec, Workload};
+use crate::guest::process::areas::Wanted;
+use crate::guest::process::tracker::{Choice, MOST_CHUNKS};
 use crate::page::PAGE_SIZE;
 use crate::pipeline::settings::{Pins, SendMode, Settings};
 use crate::sys::{cpu, memory_info};
@@ -154,6 +156,41 @@ impl MigrationOptions {
             slots: usize::from(self.slots),
             verify,
         })
+    }
+}
+
+/// Which memory of a process counts.
+#[derive(Args, Clone, Debug)]
+pub struct MemoryOptions {
+    /// Follow the descendants of the process too, also those that appear later
+    #[arg(long)]
+    pub children: bool,
+    /// Include memory that can be shared: memfd, System V, /dev/shm, shared anonymous
+    #[arg(long)]
+    pub shared: bool,
+    /// Include the main thread's stack
+    #[arg(long)]
+    pub stack: bool,
+    /// Leave out mappings smaller than this [default: 256KiB to record, none to mirror]
+    #[arg(long, value_parser = units::size)]
+    pub min_mapping: Option<u64>,
+}
+
+impl MemoryOptions {
+    /// As the tracker wants it.
+    pub fn choice(&self, min_mapping: u64, read_only: bool) -> Choice {
+        let wanted = Wanted {
+            min_bytes: self.min_mapping.unwrap_or(min_mapping),
+            shared: self.shared,
+            stack: self.stack,
+            read_only,
+        };
+        Choice { wanted, children: self.children, max_chunks: MOST_CHUNKS }
+    }
+
+    /// For an image: all private memory, also what cannot be written at the moment.
+    pub fn of_image(&self) -> Choice {
+        self.choice(0, true)
     }
 }
 

@@ -56,6 +56,13 @@ pub fn run(arguments: &ReceiveArguments) -> Result<Exit, Failure> {
             guest.wait().map_err(|error| Failure::failed(format!("the guest's process: {error}")))?;
             Ok(Exit::Done)
         }
+        None if received.image => {
+            console::say(format_args!(
+                "image of a process received: {} page records, {} pages verified; it cannot run here and is dropped",
+                received.entries, received.verified
+            ));
+            Ok(Exit::Done)
+        }
         None => Err(Failure::failed("everything was received, but the source kept its guest")),
     }
 }

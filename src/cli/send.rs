@@ -63,10 +63,7 @@ pub fn run(arguments: &SendArguments) -> Result<Exit, Failure> {
 
 /// The failure, with what is known of the guest; as a line of JSON too if so wanted.
 pub fn at_source(error: MigrationError, guest: &mut ArenaGuest, json: bool) -> Failure {
-    let convergence = match &error {
-        MigrationError::NoConvergence { convergence, .. } => Some(convergence.clone()),
-        _ => None,
-    };
+    let convergence = error.convergence().cloned();
     let mut failure = Failure::from(error);
     failure.message = match guest.work_done().and_then(|_| guest.stats()) {
         Ok((_, true)) => format!("{}; the guest runs on at the source", failure.message),
@@ -74,7 +71,7 @@ pub fn at_source(error: MigrationError, guest: &mut ArenaGuest, json: bool) -> F
         Err(error) => format!("{}; and the source guest cannot be asked: {error}", failure.message),
     };
     if json {
-        console::say(format_args!("{}", json::failed(&failure.message, convergence.as_deref())));
+        console::say(format_args!("{}", json::failed(&failure.message, convergence.as_ref())));
     }
     failure
 }

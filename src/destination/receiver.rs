@@ -53,6 +53,8 @@ pub struct Received {
     pub verified: u64,
     /// Whether the guest runs here; if not, the source kept it after all.
     pub running: bool,
+    /// It was memory without a machine, which cannot run here.
+    pub image: bool,
 }
 
 /// A listening receiver.
@@ -67,6 +69,7 @@ struct Introduced {
     nr_pages: u64,
     lanes: u16,
     lane: u16,
+    image: bool,
 }
 
 impl Receiver {
@@ -148,8 +151,13 @@ impl Receiver {
             .map_err(|error| ReceiveError::Prepare(format!("no memory: {error}")))?;
         // Fresh memory costs microseconds a page at its first touch: better now than while the stream comes in.
         memory.populate().map_err(|error| ReceiveError::Prepare(format!("no memory: {error}")))?;
-        let guest = Incoming::start(&memory, &self.settings.guest_socket, self.settings.die_with_parent)?;
-        guest.mapped()?;
+        let guest = if first.image {
+            None
+        } else {
+            let guest = Incoming::start(&memory, &self.settings.guest_socket, self.settings.die_with_parent)?;
+            guest.mapped()?;
+            Some(guest)
+        };
         welcome(&first.connection)?;
         let mut others = Vec::new();
         for lane in 1..first.lanes {
@@ -170,8 +178,13 @@ impl Receiver {
             verified,
             verify_ns: if verified > 0 { verifying.elapsed().as_nanos() as u64 } else { 0 },
         };
+        let image = first.image;
+        let Some(guest) = guest else {
+            forget(&first.connection, &ready)?;
+            return Ok((Received { entries, verified, running: false, image }, None));
+        };
         let running = guest.arm(&first.migration, ready, &first.connection, &self.listener)?;
-        Ok((Received { entries, verified, running }, running.then_some(guest)))
+        Ok((Received { entries, verified, running, image }, running.then_some(guest)))
     }
 
     fn check(&self, first: &Introduced) -> Result<(), ReceiveError> {
@@ -253,10 +266,10 @@ fn introduce(connection: TcpStream) -> Result<Option<Introduced>, (Option<TcpStr
         return Err((None, hello(&error)));
     }
     let refused = match session::receive(&connection) {
-        Ok(Message::Hello { version: session::VERSION, migration, nr_pages, lanes, lane }) => {
+        Ok(Message::Hello { version: session::VERSION, migration, nr_pages, lanes, lane, image }) => {
             // From here on a dead source is noticed by the kernel; a lane may well be silent for long.
             return match connection.set_read_timeout(None) {
-                Ok(()) => Ok(Some(Introduced { connection, migration, nr_pages, lanes, lane })),
+                Ok(()) => Ok(Some(Introduced { connection, migration, nr_pages, lanes, lane, image })),
                 Err(error) => Err((None, hello(&error))),
             };
         }
@@ -276,6 +289,19 @@ fn introduce(connection: TcpStream) -> Result<Option<Introduced>, (Option<TcpStr
 fn welcome(connection: &TcpStream) -> Result<(), ReceiveError> {
     session::send(connection, &Message::Welcome { version: session::VERSION })
         .map_err(|error| ReceiveError::Hello(format!("the source is gone: {error}")))
+}
+
+/// Says that an image is complete, and, when it is to run, that it cannot.
+fn forget(connection: &TcpStream, ready: &Message) -> Result<(), ReceiveError> {
+    let broke = |error: std::io::Error| ReceiveError::Hello(format!("the source is gone: {error}"));
+    session::send(connection, ready).map_err(broke)?;
+    connection.set_read_timeout(Some(FAREWELL)).map_err(broke)?;
+    // A source that is content with the comparison may simply go.
+    if let Ok(Message::Go) = session::receive(connection) {
+        let reason = "it is the memory of a process without the process: it cannot run here".to_owned();
+        session::send(connection, &Message::Aborted { reason }).map_err(broke)?;
+    }
+    Ok(())
 }
 
 /// Whether what came is a whole guest. Returns the number of pages compared with the source's digests.

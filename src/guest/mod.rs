@@ -4,6 +4,7 @@
 //! (scanner) and [`PageSource`] (mapper, one for each lane).
 
 pub mod arena;
+pub mod process;
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -45,6 +46,8 @@ pub enum GuestError {
 pub enum HandOver {
     /// The destination said that it runs the guest. The source never will again.
     Running,
+    /// The destination holds an equal image and said that it cannot run it. The source runs on.
+    Mirrored(String),
     /// The destination said that it never will, or was never told to: the source runs the guest on.
     ResumedAtSource(String),
 }
@@ -53,6 +56,10 @@ pub enum HandOver {
 pub trait GuestControl {
     /// Pages of guest memory, `0..nr_pages`.
     fn nr_pages(&self) -> u64;
+    /// Whether it could run at the destination; if not, it is memory without a machine, to be compared there and forgotten.
+    fn can_move(&self) -> bool {
+        true
+    }
     /// Starts or ends dirty logging. Before the first get-and-clear, what the log says means nothing.
     fn set_log_dirty(&mut self, on: bool) -> Result<(), GuestError>;
     /// Stops the guest; returns once its last instruction is done.
@@ -103,6 +110,9 @@ pub enum PageContent {
 
 /// The pages of a guest: what a mapper reads.
 pub trait PageSource: Send {
+    /// Tells which pages will be copied next, in this order: a source that has to ask for each page may ask for all of them
+    /// at once. Their dirty bits were cleared before.
+    fn gather(&mut self, _pfns: &[Pfn]) {}
     /// Copies a page and says whether it was all zero (in which case `into` may be left as it was).
     fn copy(&mut self, pfn: Pfn, into: &mut [u8; PAGE_SIZE]) -> PageContent;
     /// Says whether a page is all zero, without copying it.

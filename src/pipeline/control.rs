@@ -58,7 +58,7 @@ pub fn migrate(
     }
     let migration = session::new_migration()
         .map_err(|error| MigrationError::Setup(format!("no random numbers: {error}")))?;
-    let connections = connect(guest.nr_pages(), settings, destination, &migration, abort)?;
+    let connections = connect(guest, settings, destination, &migration, abort)?;
     let mut lanes = Lanes::start(guest, settings, &connections)?;
     let prepare = begun.elapsed();
 
@@ -87,7 +87,7 @@ pub fn migrate(
 
 /// Connects all lanes and introduces them.
 fn connect(
-    nr_pages: u64,
+    guest: &dyn GuestControl,
     settings: &Settings,
     destination: &str,
     migration: &str,
@@ -105,9 +105,10 @@ fn connect(
         let hello = Message::Hello {
             version: session::VERSION,
             migration: migration.to_owned(),
-            nr_pages,
+            nr_pages: guest.nr_pages(),
             lanes: settings.lanes as u16,
             lane: lane as u16,
+            image: !guest.can_move(),
         };
         session::send(&connection, &hello).map_err(unreachable)?;
         let refused = |reason| MigrationError::Destination { phase: Phase::Prepare, reason };
@@ -444,7 +445,7 @@ impl Run<'_> {
             .map_err(|error| MigrationError::Setup(format!("cannot pass the connection on: {error}")))?
             .into();
         match self.guest.hand_over(connection, migration, destination) {
-            Ok(HandOver::Running) => Ok(Instant::now()),
+            Ok(HandOver::Running | HandOver::Mirrored(_)) => Ok(Instant::now()),
             Ok(HandOver::ResumedAtSource(reason)) => {
                 Err(MigrationError::Destination { phase: self.phase, reason })
             }

@@ -104,6 +104,9 @@ impl Mapper {
         let mut new_zeroes = Batch::new();
         let mut record = PageRecord::new(slot.bytes_mut());
         let pages = batch.pages();
+        if self.mode == MapMode::Stage {
+            self.source.gather(pages);
+        }
         for pfn in pages.iter().take(PREFETCH) {
             self.source.prefetch(*pfn);
         }

@@ -227,3 +227,13 @@ pub enum MigrationError {
         reason: String,
     },
 }
+
+impl MigrationError {
+    /// What was seen of the convergence of a migration that was called off for want of it.
+    pub fn convergence(&self) -> Option<&Convergence> {
+        match self {
+            MigrationError::NoConvergence { convergence, .. } => Some(convergence),
+            _ => None,
+        }
+    }
+}

@@ -274,7 +274,7 @@ impl Scanner {
         self.samples += 1;
         self.engine.on_sample(&Sample { at, dirty: &self.dirty });
         let interval = at.saturating_sub(self.last_sample);
-        self.rate.sample(self.shared.data_pages_sent(), interval);
+        self.rate.sample(self.shared.data_pages_sent(), self.shared.entries_sent(), interval);
         self.publish(interval);
         self.last_sample = at;
         self.next_sample = at + self.cadence.sample_interval;
@@ -408,13 +408,19 @@ struct LinkRate {
     cap: Option<f64>,
     measured: Option<f64>,
     sent_before: u64,
+    entries_before: u64,
     was_idle: bool,
 }
+
+/// An interval counts if at least one in so many of the pages sent carried data. What is handed out ahead is counted in
+/// pages of any kind, so where nearly all are zero the link waits for data; taking that for its speed would have even less
+/// handed out, and the estimate would fall without end.
+const LEAST_DATA_SHARE: u64 = 4;
 
 impl LinkRate {
     fn new(bandwidth: Option<u64>) -> Self {
         let cap = bandwidth.map(|bytes_per_s| bytes_per_s as f64 / WIRE_BYTES_PER_PAGE);
-        LinkRate { cap, measured: None, sent_before: 0, was_idle: false }
+        LinkRate { cap, measured: None, sent_before: 0, entries_before: 0, was_idle: false }
     }
 
     fn note_idle(&mut self) {
@@ -422,11 +428,14 @@ impl LinkRate {
     }
 
     /// Takes what was sent since the last sample, `interval` ago, into account.
-    fn sample(&mut self, data_pages_sent: u64, interval: Duration) {
+    fn sample(&mut self, data_pages_sent: u64, entries_sent: u64, interval: Duration) {
         let sent = data_pages_sent - self.sent_before;
+        let entries = entries_sent - self.entries_before;
         self.sent_before = data_pages_sent;
+        self.entries_before = entries_sent;
+        let says_something = sent > 0 && sent * LEAST_DATA_SHARE >= entries;
         // An interval with nothing to send, or too short to say, tells nothing about the link.
-        if !std::mem::take(&mut self.was_idle) && interval >= Duration::from_millis(5) && sent > 0 {
+        if !std::mem::take(&mut self.was_idle) && interval >= Duration::from_millis(5) && says_something {
             let now = sent as f64 / interval.as_secs_f64();
             self.measured = Some(self.measured.map_or(now, |before| before + 0.3 * (now - before)));
         }
@@ -439,5 +448,32 @@ impl LinkRate {
             (None, Some(measured)) => measured,
             (None, None) => FIRST_GUESS_PAGES_PER_S,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stretches_of_zero_pages_are_not_taken_for_a_slow_link() {
+        let interval = Duration::from_millis(50);
+        let mut rate = LinkRate::new(None);
+        let (mut data, mut entries) = (0, 0);
+        for _ in 0..100 {
+            entries += 5000;
+            data += 40;
+            rate.sample(data, entries, interval);
+        }
+        assert_eq!(rate.pages_per_s(), FIRST_GUESS_PAGES_PER_S);
+        for _ in 0..100 {
+            entries += 5000;
+            data += 4000;
+            rate.sample(data, entries, interval);
+        }
+        assert!((rate.pages_per_s() / 80_000.0 - 1.0).abs() < 0.01, "{}", rate.pages_per_s());
+        rate.note_idle();
+        rate.sample(data + 100, entries + 100, interval);
+        assert!((rate.pages_per_s() / 80_000.0 - 1.0).abs() < 0.01, "{}", rate.pages_per_s());
     }
 }

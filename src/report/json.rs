@@ -1,5 +1,6 @@
 //! JSON lines: `{"event":"progress",…}` while a migration runs, `{"event":"report",…}` when one is done.
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{Report, ms, per_gb};
@@ -70,6 +71,34 @@ pub fn convergence(seen: &Convergence) -> Value {
         "least_unthrottled_backlog_pages": seen.least_unthrottled_backlog,
         "throttle": throttle,
     })
+}
+
+/// What is known of a process image besides the migration's figures.
+#[derive(Clone, Debug, Serialize)]
+pub struct Mirrored {
+    /// The process.
+    pub pid: i32,
+    /// Processes tracked at the stop.
+    pub processes: usize,
+    /// Descendants that could not be attached to: their private memory is no part of the image.
+    pub processes_not_attached: u64,
+    /// Mappings that could not be tracked: no part of the image either.
+    pub mappings_skipped: u64,
+    /// How long a thread was stopped at most to attach to it.
+    pub stopped_most_ms: f64,
+    /// Pages of the image that were populated at the stop.
+    pub pages_populated: u64,
+    /// Pages compared at the stop.
+    pub pages_verified: u64,
+    /// What the destination said of running it.
+    pub destination_said: String,
+}
+
+/// The line of a finished mirroring, after that of the migration.
+pub fn mirrored(mirrored: &Mirrored) -> Value {
+    let mut line = json!(mirrored);
+    line["event"] = json!("mirrored");
+    line
 }
 
 /// The line of a finished migration. Times are milliseconds, `pages_*` are pages of 4 KiB, `bytes_*` bytes.

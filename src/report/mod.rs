@@ -5,6 +5,7 @@ pub mod bound;
 pub mod json;
 pub mod plot;
 pub mod progress;
+pub mod recording;
 pub mod replay;
 pub mod summary;
 pub mod table;

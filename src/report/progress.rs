@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{json, ms};
+use super::{json, ms, recording};
 use crate::page::PAGE_SIZE;
 use crate::pipeline::control::Observer;
 use crate::pipeline::outcome::Progress;
 use crate::sys::console;
+use crate::trace::record::Status;
 
 /// How often each kind of output speaks.
 const TERMINAL: Duration = Duration::from_millis(100);
@@ -31,34 +32,82 @@ pub struct Display {
 impl Display {
     /// JSON on standard output if `json`; else text on standard error, live if that is a terminal.
     pub fn new(json: bool) -> Self {
-        let kind = if json {
+        Display { kind: Kind::new(json), last: None }
+    }
+
+    /// Ends the display of one migration.
+    pub fn done(&mut self) {
+        self.kind.done();
+        self.last = None;
+    }
+}
+
+impl Kind {
+    fn new(json: bool) -> Self {
+        if json {
             Kind::Json
         } else if std::io::stderr().is_terminal() {
             let style = ProgressStyle::with_template("{spinner} {msg}").expect("the template is well-formed");
             Kind::Terminal(ProgressBar::new_spinner().with_style(style))
         } else {
             Kind::Lines
-        };
-        Display { kind, last: None }
+        }
     }
 
-    /// Ends the display of one migration.
-    pub fn done(&mut self) {
-        if let Kind::Terminal(bar) = &self.kind {
+    fn interval(&self) -> Duration {
+        match self {
+            Kind::Terminal(_) => TERMINAL,
+            Kind::Lines => LINES,
+            Kind::Json => JSON,
+        }
+    }
+
+    fn done(&self) {
+        if let Kind::Terminal(bar) = self {
             bar.finish_and_clear();
             bar.reset();
         }
-        self.last = None;
+    }
+}
+
+/// Shows a recording.
+pub struct RecordingDisplay {
+    kind: Kind,
+    last: Option<Instant>,
+}
+
+impl RecordingDisplay {
+    /// As [`Display::new`].
+    pub fn new(json: bool) -> Self {
+        RecordingDisplay { kind: Kind::new(json), last: None }
+    }
+
+    /// Called after each round; speaks now and then.
+    pub fn status(&mut self, status: &Status) {
+        let now = Instant::now();
+        if self.last.is_some_and(|last| now - last < self.kind.interval()) {
+            return;
+        }
+        self.last = Some(now);
+        match &self.kind {
+            Kind::Terminal(bar) => {
+                bar.set_message(recording::line(status));
+                bar.tick();
+            }
+            Kind::Lines => console::complain(format_args!("{}", recording::line(status))),
+            Kind::Json => console::say(format_args!("{}", recording::progress(status))),
+        }
+    }
+
+    /// Ends the display.
+    pub fn done(&self) {
+        self.kind.done();
     }
 }
 
 impl Observer for Display {
     fn progress(&mut self, progress: &Progress) {
-        let interval = match self.kind {
-            Kind::Terminal(_) => TERMINAL,
-            Kind::Lines => LINES,
-            Kind::Json => JSON,
-        };
+        let interval = self.kind.interval();
         let now = Instant::now();
         let same_phase = self.last.as_ref().is_some_and(|(_, last)| last.phase == progress.phase);
         if same_phase && self.last.as_ref().is_some_and(|(at, _)| now - *at < interval) {

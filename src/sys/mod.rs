@@ -6,10 +6,14 @@
 pub mod console;
 pub mod cpu;
 pub mod descriptors;
+pub mod fault_cost;
+pub mod guardian;
 pub mod guest_memory;
 pub mod huge_pages;
 pub mod memory_info;
 pub mod pagemap;
+pub mod process_memory;
+pub mod ptrace;
 pub mod simd;
 pub mod slot_memory;
 pub mod socket;
@@ -27,6 +31,9 @@ pub enum TrackingError {
     /// The kernel has it, this process may not.
     #[error("the rights do not allow dirty tracking: {0}")]
     Rights(String),
+    /// The process to be tracked is of a kind that cannot be.
+    #[error("{0}")]
+    Target(String),
     /// A call failed for another reason.
     #[error("cannot {0}: {1}")]
     Io(&'static str, #[source] io::Error),

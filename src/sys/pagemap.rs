@@ -21,6 +21,8 @@ bitflags! {
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     struct Category: u64 {
         const WRITTEN = 1 << 1;
+        const PRESENT = 1 << 3;
+        const SWAPPED = 1 << 4;
     }
 }
 
@@ -69,6 +71,15 @@ pub enum Scan {
     Peek,
 }
 
+/// Which pages a scan reports, and which of those it protects again: the written ones.
+#[derive(Clone, Copy)]
+struct Wanted {
+    flags: ScanFlags,
+    all_of: Category,
+    any_of: Category,
+    told: Category,
+}
+
 /// The page map of a process whose memory is registered with [`super::userfaultfd`].
 pub struct Pagemap {
     file: OwnedFd,
@@ -79,6 +90,12 @@ impl Pagemap {
     /// The page map of this process, to be handed to whoever tracks it.
     pub fn of_self() -> io::Result<OwnedFd> {
         Ok(File::open("/proc/self/pagemap")?.into())
+    }
+
+    /// The page map of another process, which takes the right to trace it. It stays that of the program that the process
+    /// runs now.
+    pub fn of_process(pid: i32) -> io::Result<Self> {
+        Ok(Self::new(File::open(format!("/proc/{pid}/pagemap"))?.into()))
     }
 
     /// Uses the page map behind `file`.
@@ -99,11 +116,83 @@ impl Pagemap {
             Scan::GetAndClear => ScanFlags::WP_MATCHING | ScanFlags::CHECK_WPASYNC,
             Scan::Peek => ScanFlags::CHECK_WPASYNC,
         };
+        // These two, with nothing else set, take the kernel's short loop.
+        let (written, none) = (Category::WRITTEN, Category::empty());
+        let wanted = Wanted { flags, all_of: written, any_of: none, told: written };
+        self.walk(wanted, start, end, &mut |from, to, _| found(from, to)).map_err(scan_error)
+    }
+
+    /// As [`Pagemap::scan`] with get-and-clear, for present pages only: one that was never touched is neither
+    /// reported nor protected, and counts as written when it first is touched. EPERM: a mapping in the range is not
+    /// registered.
+    pub fn take_written_present(
+        &mut self,
+        start: u64,
+        end: u64,
+        found: &mut dyn FnMut(u64, u64),
+    ) -> io::Result<()> {
+        let flags = ScanFlags::WP_MATCHING | ScanFlags::CHECK_WPASYNC;
+        let all_of = Category::WRITTEN | Category::PRESENT;
+        let wanted = Wanted { flags, all_of, any_of: Category::empty(), told: Category::WRITTEN };
+        self.walk(wanted, start, end, &mut |from, to, _| found(from, to))
+    }
+
+    /// What [`Pagemap::take_written_present`] would report, and leaves the log as it is.
+    pub fn peek_written_present(
+        &mut self,
+        start: u64,
+        end: u64,
+        found: &mut dyn FnMut(u64, u64),
+    ) -> io::Result<()> {
+        let all_of = Category::WRITTEN | Category::PRESENT;
+        let flags = ScanFlags::CHECK_WPASYNC;
+        let wanted = Wanted { flags, all_of, any_of: Category::empty(), told: Category::WRITTEN };
+        self.walk(wanted, start, end, &mut |from, to, _| found(from, to))
+    }
+
+    /// Calls `found(start, end, written)` with the populated runs of a range, those in swap among them, and clears
+    /// the log of the written ones. What was populated before and is not reported now has been given back to the
+    /// kernel: it reads as zeroes. EPERM as in [`Pagemap::take_written_present`].
+    pub fn take_populated(
+        &mut self,
+        start: u64,
+        end: u64,
+        found: &mut dyn FnMut(u64, u64, bool),
+    ) -> io::Result<()> {
+        let flags = ScanFlags::WP_MATCHING | ScanFlags::CHECK_WPASYNC;
+        let any_of = Category::PRESENT | Category::SWAPPED;
+        let wanted = Wanted { flags, all_of: Category::empty(), any_of, told: Category::WRITTEN };
+        self.walk(wanted, start, end, &mut |from, to, told| found(from, to, told.contains(Category::WRITTEN)))
+    }
+
+    /// Clears the log of a range, its holes included: a page that is only read later does not count as written. EPERM as
+    /// in [`Pagemap::take_written_present`].
+    pub fn take_written(&mut self, start: u64, end: u64, found: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
+        let flags = ScanFlags::WP_MATCHING | ScanFlags::CHECK_WPASYNC;
+        let (written, none) = (Category::WRITTEN, Category::empty());
+        let wanted = Wanted { flags, all_of: written, any_of: none, told: written };
+        self.walk(wanted, start, end, &mut |from, to, _| found(from, to))
+    }
+
+    /// The runs of a range that are present, written or not.
+    pub fn present(&mut self, start: u64, end: u64, found: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
+        let (present, none) = (Category::PRESENT, Category::empty());
+        let wanted = Wanted { flags: ScanFlags::empty(), all_of: present, any_of: none, told: present };
+        self.walk(wanted, start, end, &mut |from, to, _| found(from, to))
+    }
+
+    fn walk(
+        &mut self,
+        wanted: Wanted,
+        start: u64,
+        end: u64,
+        found: &mut dyn FnMut(u64, u64, Category),
+    ) -> io::Result<()> {
         let mut from = start;
         while from < end {
             let mut arg = PmScanArg {
                 size: size_of::<PmScanArg>() as u64,
-                flags: flags.bits(),
+                flags: wanted.flags.bits(),
                 start: from,
                 end,
                 walk_end: 0,
@@ -111,19 +200,19 @@ impl Pagemap {
                 vec_len: self.regions.len() as u64,
                 max_pages: 0,
                 category_inverted: 0,
-                category_mask: Category::WRITTEN.bits(),
-                category_anyof_mask: 0,
-                return_mask: Category::WRITTEN.bits(),
+                category_mask: wanted.all_of.bits(),
+                category_anyof_mask: wanted.any_of.bits(),
+                return_mask: wanted.told.bits(),
             };
             // SAFETY: the kernel reads and writes one PmScanArg and writes at most vec_len regions, both alive
             // for the call.
             let filled = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &mut arg) };
             if filled < 0 {
-                return Err(scan_error(io::Error::last_os_error()));
+                return Err(io::Error::last_os_error());
             }
             let filled = filled as usize;
             for region in &self.regions[..filled] {
-                found(region.start, region.end);
+                found(region.start, region.end, Category::from_bits_truncate(region.categories));
             }
             // walk_end is only right when the vector is full: otherwise it can lag behind a scan that is done.
             if filled < self.regions.len() {
@@ -135,7 +224,8 @@ impl Pagemap {
     }
 }
 
-fn scan_error(error: io::Error) -> TrackingError {
+/// What a failed scan means.
+pub fn scan_error(error: io::Error) -> TrackingError {
     match error.raw_os_error() {
         Some(libc::ENOTTY | libc::EINVAL) => {
             TrackingError::Kernel("it has no PAGEMAP_SCAN; Linux 6.7 or later has".to_owned())

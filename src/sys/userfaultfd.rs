@@ -2,6 +2,7 @@
 //! the writer go on. Layouts and numbers: linux/userfaultfd.h of Linux 6.7 and later.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use bitflags::bitflags;
@@ -55,8 +56,20 @@ const _: () = {
     assert!(offset_of!(UffdioRegister, mode) == 16);
 };
 
-/// A userfaultfd of this process.
+/// A userfaultfd: of this process, or of another that has opened it ([`super::ptrace`]). Its ranges are tracked until
+/// it is dropped; the kernel sees to that also when its owner is killed.
 pub struct Userfaultfd(OwnedFd);
+
+/// Why a range of another process's memory is not tracked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotRegistered {
+    /// It is not mapped any more, or the process has ended or become another program.
+    Gone,
+    /// Another userfaultfd has hold of it.
+    Busy,
+    /// It is of a kind that cannot be.
+    Unsuitable,
+}
 
 impl Userfaultfd {
     /// Opens one with asynchronous write protection. Only faults of user mode are wanted, which an
@@ -79,7 +92,11 @@ impl Userfaultfd {
             });
         }
         // SAFETY: the descriptor is new and owned by nobody else.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        Self::adopt(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    }
+
+    /// Takes over one as it came from the kernel. Its memory is that of the process that opened it.
+    pub fn adopt(fd: OwnedFd) -> Result<Self, TrackingError> {
         let wanted = Features::PAGEFAULT_FLAG_WP
             | Features::WP_HUGETLBFS_SHMEM
             | Features::WP_UNPOPULATED
@@ -97,24 +114,33 @@ impl Userfaultfd {
 
     /// Begins to note writes to `[start, start + len)`, a range of one mapping of this process.
     pub fn register(&self, start: *mut u8, len: usize) -> Result<(), TrackingError> {
-        let mut register = UffdioRegister {
-            range: UffdioRange { start: start as u64, len: len as u64 },
-            mode: REGISTER_MODE_WP,
-            ioctls: 0,
-        };
-        // SAFETY: UFFDIO_REGISTER reads and writes one UffdioRegister; it changes how faults on the range are
-        // noted and never its contents.
-        let rc = unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_REGISTER, &mut register) };
-        if rc == 0 {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        Err(match error.raw_os_error() {
+        self.write_protect(start as u64, len as u64).map_err(|error| match error.raw_os_error() {
             Some(libc::EINVAL) => TrackingError::Kernel(
                 "it cannot write-protect shared memory (CONFIG_PTE_MARKER_UFFD_WP is off)".to_owned(),
             ),
             _ => TrackingError::Io("register guest memory with userfaultfd", error),
         })
+    }
+
+    /// Begins to note writes to a range of addresses of the process that opened this: mappings that touch. Ranges that
+    /// are registered already stay so.
+    pub fn register_in_target(&self, range: Range<u64>) -> Result<(), NotRegistered> {
+        self.write_protect(range.start, range.end - range.start).map_err(|error| match error.raw_os_error() {
+            Some(libc::EBUSY) => NotRegistered::Busy,
+            Some(libc::ENOMEM | libc::ESRCH) => NotRegistered::Gone,
+            _ => NotRegistered::Unsuitable,
+        })
+    }
+
+    fn write_protect(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut register =
+            UffdioRegister { range: UffdioRange { start, len }, mode: REGISTER_MODE_WP, ioctls: 0 };
+        // SAFETY: UFFDIO_REGISTER reads and writes one UffdioRegister; it changes how faults on the range are
+        // noted and never its contents.
+        match unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_REGISTER, &mut register) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Ends the tracking of a range that was registered; protection left on its pages is lifted.

@@ -2,6 +2,7 @@
 //! policies offline, on their own workloads, with the code that decides in a live migration.
 //!
 //! * [`mod@format`]: the file, its strict reader and its writer.
+//! * [`record`]: a subject, recorded.
 //! * [`replay`]: the model in which a policy is run over a trace. [`clairvoyant`]: the bound that no policy can beat in it.
 //! * [`shuffle`]: other orders of a trace's chunks. [`decisions`]: what was sent when, for whoever wants to check.
 //! * [`contender`]: a policy with a stop rule. [`trials`]: many replays on all cores.
@@ -12,6 +13,7 @@ pub mod contender;
 pub mod decisions;
 pub mod format;
 pub mod intervals;
+pub mod record;
 pub mod replay;
 pub mod series;
 pub mod shuffle;

@@ -45,6 +45,10 @@ pub enum Message {
         lanes: u16,
         /// Which of them this is.
         lane: u16,
+        /// The memory of something that cannot run at the destination: to be compared and forgotten. To `Go` the answer is
+        /// `Aborted`.
+        #[serde(default)]
+        image: bool,
     },
     /// The destination has its memory ready and understands that XALLOC pages are zero.
     Welcome {
@@ -133,13 +137,14 @@ mod tests {
 
     fn message() -> impl Strategy<Value = Message> {
         prop_oneof![
-            ("[0-9a-f]{32}", any::<u64>(), any::<u16>(), any::<u16>()).prop_map(
-                |(migration, nr_pages, lanes, lane)| Message::Hello {
+            ("[0-9a-f]{32}", any::<u64>(), any::<u16>(), any::<u16>(), any::<bool>()).prop_map(
+                |(migration, nr_pages, lanes, lane, image)| Message::Hello {
                     version: VERSION,
                     migration,
                     nr_pages,
                     lanes,
-                    lane
+                    lane,
+                    image
                 }
             ),
             any::<u32>().prop_map(|version| Message::Welcome { version }),

@@ -6,5 +6,7 @@ mod faults;
 mod harness;
 mod input;
 mod migration;
+mod mirror;
+mod record;
 mod replay;
 mod unprivileged;

@@ -369,7 +369,7 @@ impl Connection<'_> {
                 *tenure = Tenure::Gone;
                 Ok(Answer::HandedOver)
             }
-            HandOver::ResumedAtSource(reason) => {
+            HandOver::ResumedAtSource(reason) | HandOver::Mirrored(reason) => {
                 *tenure = Tenure::Leased(self.number);
                 drop(tenure);
                 self.end_lease();

@@ -1,0 +1,88 @@
+//! The dirty log of a process image: a survey for each sample.
+//!
+//! Besides what was written, a page is dirty that was populated and is so no more: it reads as zeroes now. Memory that can
+//! be shared keeps its contents without being mapped, so there a page once seen stays. And when a process ends, what it
+//! wrote last to shared memory has gone unseen: all of that is dirty then.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::image::Image;
+use super::tracker::Tracker;
+use crate::guest::{DirtyLog, GuestError};
+use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
+use crate::page_set::PageSet;
+use crate::sys::TrackingError;
+
+/// The dirty log of an [`Image`].
+pub struct ImageLog {
+    tracker: Tracker,
+    image: Arc<Image>,
+    /// Populated at the last survey.
+    before: PageSet,
+    /// Populated at this one.
+    now: PageSet,
+    /// Pages of shared memory seen so far.
+    shared: PageSet,
+}
+
+impl ImageLog {
+    /// The log of what `tracker` tracks.
+    pub fn new(tracker: Tracker, image: Arc<Image>) -> Self {
+        let empty = PageSet::empty(image.nr_pages());
+        ImageLog { tracker, image, before: empty.clone(), now: empty.clone(), shared: empty }
+    }
+}
+
+impl DirtyLog for ImageLog {
+    fn get_and_clear(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        let (image, now, shared) = (&self.image, &mut self.now, &mut self.shared);
+        now.clear();
+        let found = self.tracker.survey(&mut |seen| {
+            image.settle(seen);
+            now.insert_run(seen.first, seen.count);
+            if seen.shared {
+                shared.insert_run(seen.first, seen.count);
+            }
+            if seen.written {
+                dirty.insert_run(seen.first, seen.count);
+            }
+        })?;
+        image.note_processes(self.tracker.pids(), self.tracker.toll());
+        if found.alive == 0 {
+            return Err(TrackingError::Target("the process has ended".to_owned()).into());
+        }
+        if found.ended {
+            dirty.union(shared);
+        }
+        now.union(shared);
+        for gone in self.before.iter().filter(|pfn| !now.contains(*pfn)) {
+            dirty.insert(gone);
+        }
+        for unread in image.take_unread() {
+            dirty.insert(Pfn(unread));
+        }
+        image.populate(now);
+        std::mem::swap(&mut self.before, &mut self.now);
+        Ok(())
+    }
+
+    fn peek(&mut self, range: Range<u64>, dirty: &mut PageSet) -> Result<(), GuestError> {
+        let mut first = range.start;
+        while first < range.end.min(self.image.nr_pages()) {
+            let chunk_end = (Pfn(first).chunk() as u64 + 1) * CHUNK_PAGES as u64;
+            let end = range.end.min(chunk_end);
+            // Of shared memory this asks one of its mappings only. A peek that misses a write costs a page sent again.
+            if let Some((pid, va)) = self.image.place(Pfn(first)) {
+                let page = PAGE_SIZE as u64;
+                let stop = va + (end - first) * page;
+                self.tracker.peek(pid, va..stop, &mut |from, to| {
+                    let (from, to) = (from.max(va), to.min(stop));
+                    dirty.insert_run(Pfn(first + (from - va) / page), to.saturating_sub(from) / page);
+                });
+            }
+            first = end;
+        }
+        Ok(())
+    }
+}

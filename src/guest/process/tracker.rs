@@ -1,0 +1,424 @@
+//! A process, or a process with all its descendants, followed round by round.
+//!
+//! Each round the mappings of every process are listed again; new ones are registered, and what was written since the
+//! round before is taken from the page maps. Write protection belongs to a *mapping*: a page of shared memory was written
+//! if any of the processes wrote it through its own mapping, so all that map it have to be attached to, and it has one
+//! number for all of them (by device, inode and offset).
+//!
+//! A round of a recording tells pages ([`Tracker::round`]), a survey for a migration also what is populated
+//! ([`Tracker::survey`]).
+//!
+//! What a recording tells of a mapping in its first round is everything populated in it. In private memory a page counts again when
+//! it is newly populated; in shared memory, where a mere reader populates its own mapping, only when it is written.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io;
+use std::ops::Range;
+use std::time::Duration;
+
+use super::areas::{self, Area, Backing, Wanted};
+use super::attach::Attachment;
+use super::ids::{Full, Ids, Place, Stretch};
+use super::proc::{self, Stat};
+use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
+use crate::page_set::PageSet;
+use crate::sys::TrackingError;
+use crate::sys::pagemap::{Pagemap, scan_error};
+use crate::sys::userfaultfd::{NotRegistered, Userfaultfd};
+
+/// Processes followed at a time.
+const MAX_PROCESSES: usize = 4096;
+
+/// How often a descendant is tried to be attached to, a round each.
+const ATTEMPTS: u8 = 3;
+
+/// What to track of whom.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice {
+    /// Which mappings.
+    pub wanted: Wanted,
+    /// Descendants too, those included that appear later.
+    pub children: bool,
+    /// The most chunks of 2 MiB that there is to be room for.
+    pub max_chunks: u32,
+}
+
+/// What the tracking has cost and found so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Toll {
+    /// Processes attached to, those included that have ended.
+    pub attached: u64,
+    /// How long threads were stopped for that, together.
+    pub stopped: Duration,
+    /// How long a thread was stopped at most.
+    pub stopped_most: Duration,
+    /// Descendants that could not be attached to.
+    pub not_attached: u64,
+    /// Mappings that could not be tracked.
+    pub skipped_mappings: u64,
+    /// Minor faults of the processes since they were attached to: those for the tracking and their own.
+    pub minor_faults: u64,
+    /// CPU time of the processes since then.
+    pub cpu: Duration,
+}
+
+/// What a round found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Processes still there.
+    pub alive: usize,
+    /// Since the round before a process has ended, or a child of one that may never have been seen. What it wrote last to
+    /// memory that it shared with others is not told.
+    pub ended: bool,
+}
+
+/// A run of pages that a survey found populated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// The first page's id.
+    pub first: Pfn,
+    /// How many, within one chunk.
+    pub count: u64,
+    /// Written since the survey before.
+    pub written: bool,
+    /// Memory that others may map too.
+    pub shared: bool,
+    /// Through whose mapping it was seen.
+    pub pid: i32,
+    /// The first page's address there.
+    pub va: u64,
+}
+
+/// What a round asks the page maps.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// What was written.
+    Written,
+    /// What is populated, and what of that was written.
+    Populated,
+}
+
+/// The processes that are followed.
+pub struct Tracker {
+    root: i32,
+    choice: Choice,
+    processes: Vec<Process>,
+    ids: Ids,
+    toll: Toll,
+    /// Spaces numbered so far.
+    spaces: u32,
+    /// How often processes could not be attached to, by number and start.
+    refused: HashMap<(i32, u64), u8>,
+    text: String,
+}
+
+impl Tracker {
+    /// Attaches to a process, and to its descendants if so chosen.
+    pub fn attach(root: i32, choice: Choice) -> Result<Self, TrackingError> {
+        let mut tracker = Tracker {
+            root,
+            choice,
+            processes: Vec::new(),
+            ids: Ids::new(choice.max_chunks),
+            toll: Toll::default(),
+            spaces: 0,
+            refused: HashMap::new(),
+            text: String::new(),
+        };
+        tracker.add(Attachment::new(root)?);
+        tracker.adopt_children();
+        Ok(tracker)
+    }
+
+    /// Adds to `dirty`, which grows with the id space, the pages written since the round before; in its first round
+    /// everything populated.
+    pub fn round(&mut self, dirty: &mut PageSet) -> Result<Found, TrackingError> {
+        self.take(How::Written, &mut |seen| {
+            dirty.grow((seen.first.chunk() as u64 + 1) * CHUNK_PAGES as u64);
+            dirty.insert_run(seen.first, seen.count);
+        })
+    }
+
+    /// Tells all populated pages, and which of them were written since the survey before.
+    pub fn survey(&mut self, found: &mut dyn FnMut(&Seen)) -> Result<Found, TrackingError> {
+        self.take(How::Populated, found)
+    }
+
+    /// Looks which pages of a range of one process were written since the survey before. What cannot be told is left out.
+    pub fn peek(&mut self, pid: i32, range: Range<u64>, found: &mut dyn FnMut(u64, u64)) {
+        if let Some(process) = self.processes.iter_mut().find(|process| process.attachment.pid == pid) {
+            let _ = process.attachment.pagemap.peek_written_present(range.start, range.end, found);
+        }
+    }
+
+    fn take(&mut self, how: How, found: &mut dyn FnMut(&Seen)) -> Result<Found, TrackingError> {
+        let ended = self.mind_the_living()?;
+        self.adopt_children();
+        for process in &mut self.processes {
+            let listed = areas::list(process.attachment.pid, &self.choice.wanted, &mut self.text);
+            // One that has just ended has no mappings; the next round will see that it is gone.
+            let listed = listed.unwrap_or_default();
+            process.follow(listed, &mut self.toll);
+            process.take(how, &mut self.ids, found)?;
+        }
+        Ok(Found { alive: self.processes.len(), ended })
+    }
+
+    /// Settles how many chunks there is room for, in all; an error if there are more already.
+    pub fn limit_chunks(&mut self, max_chunks: u32) -> Result<(), TrackingError> {
+        self.ids.limit(max_chunks).map_err(|full| TrackingError::Target(full.to_string()))
+    }
+
+    /// The ids given out so far.
+    pub fn ids(&self) -> &Ids {
+        &self.ids
+    }
+
+    /// What it has cost so far.
+    pub fn toll(&self) -> Toll {
+        self.processes.iter().fold(self.toll, |toll, process| toll.with(process))
+    }
+
+    /// The processes followed now.
+    pub fn pids(&self) -> impl Iterator<Item = i32> + '_ {
+        self.processes.iter().map(|process| process.attachment.pid)
+    }
+
+    fn add(&mut self, attachment: Attachment) {
+        self.toll.attached += 1;
+        self.toll.stopped += attachment.stopped;
+        self.toll.stopped_most = self.toll.stopped_most.max(attachment.stopped);
+        let last = attachment.stat;
+        self.processes.push(Process { attachment, space: self.spaces, areas: BTreeMap::new(), last });
+        self.spaces += 1;
+    }
+
+    /// Drops the processes that have ended, and attaches again to those that run another program now. True: one has
+    /// ended, or a child of one.
+    fn mind_the_living(&mut self) -> Result<bool, TrackingError> {
+        let mut ended = false;
+        for index in (0..self.processes.len()).rev() {
+            let process = &mut self.processes[index];
+            let pid = process.attachment.pid;
+            let started = process.attachment.stat.start_ticks;
+            let now = Stat::of(pid).ok().filter(|stat| stat.start_ticks == started && !stat.has_ended());
+            if let Some(now) = now {
+                let same_program = now.program == process.attachment.stat.program;
+                ended |= now.child_faults != process.last.child_faults;
+                process.last = now;
+                if same_program {
+                    continue;
+                }
+            }
+            ended = true;
+            let process = self.processes.swap_remove(index);
+            self.toll = self.toll.with(&process);
+            drop(process);
+            if now.is_some() {
+                match Attachment::new(pid) {
+                    Ok(attachment) => self.add(attachment),
+                    Err(TrackingError::Target(_)) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Attaches to descendants that are not attached to yet. Those that cannot be are counted and left alone.
+    fn adopt_children(&mut self) {
+        if !self.choice.children {
+            return;
+        }
+        let known: HashSet<i32> = self.pids().collect();
+        let mut seen = known.clone();
+        let mut ask: Vec<i32> = known.iter().copied().chain([self.root]).collect();
+        while let Some(parent) = ask.pop() {
+            for child in proc::children(parent) {
+                if !seen.insert(child) || self.processes.len() >= MAX_PROCESSES {
+                    continue;
+                }
+                ask.push(child);
+                let Ok(stat) = Stat::of(child) else { continue };
+                if stat.has_ended() || self.refused.get(&(child, stat.start_ticks)) == Some(&ATTEMPTS) {
+                    continue;
+                }
+                match Attachment::new(child) {
+                    Ok(attachment) => self.add(attachment),
+                    // It may just be ending, or becoming another program: the next rounds will tell.
+                    Err(_) => {
+                        let failures = self.refused.entry((child, stat.start_ticks)).or_insert(0);
+                        *failures += 1;
+                        self.toll.not_attached += u64::from(*failures == ATTEMPTS);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Toll {
+    fn with(self, process: &Process) -> Self {
+        let (then, now) = (process.attachment.stat, process.last);
+        Toll {
+            minor_faults: self.minor_faults + now.minor_faults.saturating_sub(then.minor_faults),
+            cpu: self.cpu + now.cpu.saturating_sub(then.cpu),
+            ..self
+        }
+    }
+}
+
+struct Process {
+    attachment: Attachment,
+    /// The number of its address space.
+    space: u32,
+    /// What is registered, by where it begins.
+    areas: BTreeMap<u64, Tracked>,
+    /// As it was when last looked at.
+    last: Stat,
+}
+
+/// An area that is registered, but for the mappings that cannot be.
+struct Tracked {
+    area: Area,
+    parts: Vec<Part>,
+}
+
+struct Part {
+    range: Range<u64>,
+    /// Whether the log of it was cleared once.
+    armed: bool,
+}
+
+impl Process {
+    /// Takes note of the areas that there are now, and registers the new ones.
+    fn follow(&mut self, listed: Vec<Area>, toll: &mut Toll) {
+        let mut before = std::mem::take(&mut self.areas);
+        for area in listed {
+            let start = area.range.start;
+            let tracked = match before.remove(&start) {
+                Some(tracked) if tracked.area.range == area.range && tracked.area.backing == area.backing => {
+                    tracked
+                }
+                _ => Tracked { parts: register(&self.attachment.uffd, &area, toll), area },
+            };
+            self.areas.insert(start, tracked);
+        }
+    }
+
+    /// Tells what its page map says.
+    fn take(&mut self, how: How, ids: &mut Ids, found: &mut dyn FnMut(&Seen)) -> Result<(), TrackingError> {
+        let (uffd, pagemap, pid) = (&self.attachment.uffd, &mut self.attachment.pagemap, self.attachment.pid);
+        for tracked in self.areas.values_mut() {
+            let area = &tracked.area;
+            let shared = area.backing != Backing::Private;
+            let mut full = Ok(());
+            let mut number = |from: u64, to: u64, written: bool| {
+                let stretch = stretch(self.space, area, from, to);
+                let numbered = ids.number(stretch, &mut |first, count, page| {
+                    let va = stretch.va + (page - stretch.page) * PAGE_SIZE as u64;
+                    found(&Seen { first, count, written, shared, pid, va });
+                });
+                if numbered.is_err() {
+                    full = numbered;
+                }
+            };
+            let mut scanned = Ok(());
+            tracked.parts.retain_mut(|part| {
+                let mut result = part.take(area.backing, how, pagemap, &mut number);
+                if result.as_ref().is_err_and(is_not_registered) {
+                    // Another mapping has come in the place of the one that was registered.
+                    part.armed = false;
+                    if uffd.register_in_target(part.range.clone()).is_err() {
+                        return false;
+                    }
+                    result = part.take(area.backing, how, pagemap, &mut number);
+                }
+                match result {
+                    Err(error) if is_not_registered(&error) => return false,
+                    Err(error) => scanned = Err(error),
+                    Ok(()) => {}
+                }
+                true
+            });
+            full.map_err(|error: Full| TrackingError::Target(error.to_string()))?;
+            match scanned {
+                // The process has ended under our hands.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+                other => other.map_err(scan_error)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Part {
+    fn take(
+        &mut self,
+        backing: Backing,
+        how: How,
+        pagemap: &mut Pagemap,
+        found: &mut dyn FnMut(u64, u64, bool),
+    ) -> io::Result<()> {
+        let (start, end) = (self.range.start, self.range.end);
+        match (backing, self.armed, how) {
+            (Backing::Private, _, How::Written) => {
+                pagemap.take_written_present(start, end, &mut |from, to| found(from, to, true))?;
+            }
+            (Backing::Private, _, How::Populated) => pagemap.take_populated(start, end, found)?,
+            // With its holes armed too, a page that is only read through this mapping does not count as written.
+            (Backing::Shared { .. }, true, _) => {
+                pagemap.take_written(start, end, &mut |from, to| found(from, to, true))?;
+                if how == How::Populated {
+                    pagemap.present(start, end, &mut |from, to| found(from, to, false))?;
+                }
+            }
+            // Armed first, then told: what is written in between is told twice rather than never.
+            (Backing::Shared { .. }, false, _) => {
+                pagemap.take_written(start, end, &mut |_, _| {})?;
+                pagemap.present(start, end, &mut |from, to| found(from, to, true))?;
+            }
+        }
+        self.armed = true;
+        Ok(())
+    }
+}
+
+fn is_not_registered(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EPERM)
+}
+
+/// Registers an area as a whole if that goes, or else mapping by mapping. Gives what is registered.
+fn register(uffd: &Userfaultfd, area: &Area, toll: &mut Toll) -> Vec<Part> {
+    let part = |range: &Range<u64>| Part { range: range.clone(), armed: false };
+    if uffd.register_in_target(area.range.clone()).is_ok() {
+        return vec![part(&area.range)];
+    }
+    let mut parts = Vec::new();
+    for piece in &area.pieces {
+        match uffd.register_in_target(piece.clone()) {
+            Ok(()) => parts.push(part(piece)),
+            Err(NotRegistered::Gone) => {}
+            Err(NotRegistered::Busy | NotRegistered::Unsuitable) => toll.skipped_mappings += 1,
+        }
+    }
+    parts
+}
+
+fn stretch(space: u32, area: &Area, from: u64, to: u64) -> Stretch {
+    let page = PAGE_SIZE as u64;
+    let (from, to) = (from.max(area.range.start), to.min(area.range.end));
+    let count = to.saturating_sub(from) / page;
+    match area.backing {
+        Backing::Private => Stretch { place: Place::Space(space), page: from / page, count, va: from },
+        Backing::Shared { object: (device, inode), offset } => Stretch {
+            place: Place::Object(device, inode),
+            page: (offset + (from - area.range.start)) / page,
+            count,
+            va: from,
+        },
+    }
+}
+
+/// The id space may become as large as a trace can be: 16 TiB.
+pub const MOST_CHUNKS: u32 = u32::MAX / CHUNK_PAGES as u32;
