@@ -1,9 +1,10 @@
 //! What is known of a chunk as a whole: two cache lines for each chunk that was ever written.
 //!
-//! A number that fades with time is stored with the time at which it was right, and faded when it is next looked at: a
-//! chunk in which nothing happens costs nothing. All of it in integers, so that every machine decides alike.
+//! A number that fades with time is stored with the time at which it was right, and faded when it is next looked at. All of
+//! it in integers, so that every machine decides alike.
 
-use super::log2::{exp2_neg_q30, in_units_q8};
+use super::ar::Activity;
+use super::log2::{exp2_neg_q30, in_units_q8, log2_q4};
 use crate::page_set::CHUNK_WORDS;
 use std::time::Duration;
 
@@ -15,8 +16,36 @@ pub(super) struct ChunkState {
     pub written: [u64; CHUNK_WORDS],
     /// Dirty pages per unit, exponential mean.
     pub activity: Fading,
+    /// The forecast of the same.
+    pub forecast: Activity,
+    /// When the latest sample with a write was taken, in 256ths of a unit; 0, the start, for none.
+    written_at_q8: u32,
 }
 const _: () = assert!(size_of::<ChunkState>() == 128);
+
+impl ChunkState {
+    /// The latest sample shows `pages` dirty here.
+    #[inline]
+    pub(super) fn note_written(&mut self, pages: usize, fade: &Fade) {
+        self.activity.add(pages, fade);
+        self.forecast.observe((pages as u64 * fade.units_q24) >> 16, fade.gained_q16);
+        self.written_at_q8 = fade.now_q8;
+    }
+
+    /// The latest sample is complete; if it had nothing for this chunk, the series goes on with nothing.
+    #[inline]
+    pub(super) fn end_sample(&mut self, fade: &Fade) {
+        if self.written_at_q8 != fade.now_q8 {
+            self.forecast.observe(0, fade.gained_q16);
+        }
+    }
+
+    /// log2 of one unit plus the time since the latest sample with a write, or since the start.
+    #[inline]
+    pub(super) fn log2_rest(&self, fade: &Fade) -> i32 {
+        log2_q4(256 + u64::from(fade.now_q8.saturating_sub(self.written_at_q8)))
+    }
+}
 
 /// How fast a [`Fading`] number fades, and the time of the latest sample.
 #[derive(Clone, Copy)]
@@ -29,6 +58,10 @@ pub(super) struct Fade {
     now_q8: u32,
     /// What one dirty page of the latest sample adds, in 24 binary places.
     gain_q24: u64,
+    /// The weight of the latest sample, in 16 binary places.
+    gained_q16: i64,
+    /// Pages per unit that one page of the latest sample is, in 24 binary places.
+    units_q24: u64,
 }
 
 impl Fade {
@@ -36,7 +69,7 @@ impl Fade {
     pub(super) fn new(memory_s: f64, unit: Duration) -> Self {
         let octaves = unit.as_secs_f64() / memory_s * std::f64::consts::LOG2_E;
         let octaves_q32 = (octaves / 256.0 * (1u64 << 32) as f64) as u64;
-        Fade { unit, memory_s, octaves_q32, now_q8: 0, gain_q24: 0 }
+        Fade { unit, memory_s, octaves_q32, now_q8: 0, gain_q24: 0, gained_q16: 0, units_q24: 0 }
     }
 
     /// A sample was taken at `at`, `elapsed` after the one before.
@@ -44,7 +77,10 @@ impl Fade {
         let elapsed_s = elapsed.as_secs_f64().max(1e-6);
         let gained = 1.0 - (-elapsed_s / self.memory_s).exp();
         self.now_q8 = u32::try_from(in_units_q8(at, self.unit)).unwrap_or(u32::MAX);
-        self.gain_q24 = (gained * self.unit.as_secs_f64() / elapsed_s * (1 << 24) as f64) as u64;
+        let units = self.unit.as_secs_f64() / elapsed_s * (1 << 24) as f64;
+        self.gain_q24 = (gained * units) as u64;
+        self.gained_q16 = (gained * 65536.0) as i64;
+        self.units_q24 = units as u64;
     }
 
     #[inline]

@@ -8,8 +8,8 @@
 //! * [`engine`]: the pending set and the rule that nothing is forgotten; drives one policy.
 //! * `policy`: the trait of the policies and the one place where they are registered.
 //! * `xen`, `xen_skip`, `paper`: the policies that send in rounds (`rounds`, `legacy_loop`: what they share).
-//! * `ranked`: the policies that rank pages, over the page models of `heat` and `ar`; `plan`: the cut that a rank has to
-//!   reach; `chunk_state`: what is known of a chunk as a whole; `fronts`: what `ar` makes of writers that go through
+//! * `ranked`: the policies that rank pages, `heat` and `ar`; `plan`: the cut that a rank has to reach; `chunk_state`: what is
+//!   known of a chunk as a whole; `ar`: the autoregressive forecast of its activity; `fronts`: writers that go through
 //!   memory in order.
 //! * [`working_set`], `bound`: ages of the pages, and the clairvoyant bound that follows from them.
 //! * `stop`: when ranked sending ends; `throttle`: by how much to slow a guest down that does not let it.
@@ -23,7 +23,6 @@ mod chunks;
 pub mod convergence;
 pub mod engine;
 mod fronts;
-mod heat;
 mod legacy_loop;
 mod log2;
 mod paper;
@@ -43,6 +42,7 @@ pub use bound::TStar;
 pub use convergence::{Convergence, OnNoConvergence};
 pub use engine::Engine;
 pub use policy::{ParsePolicyError, PolicyKind};
+pub use ranked::Terms;
 pub use working_set::WorkingSet;
 
 use crate::page::Pfn;
@@ -155,6 +155,8 @@ pub enum StopReason {
     DirtyCap,
     /// No policy could have come near the budget for a while, and the backlog is as low as it has been.
     NoBetterBacklog,
+    /// The budget is about within reach, but the backlog does not fall fast enough to get there.
+    NoProgress,
     /// No policy could have come near the budget for a while, and the migration is to be called off then.
     OutOfReach,
     /// The time limit.
@@ -169,6 +171,7 @@ impl fmt::Display for StopReason {
             StopReason::MaxRounds => "the last round allowed was sent",
             StopReason::MaxFactor => "more than three times the memory was sent",
             StopReason::DirtyCap => "sending on would exceed 2.2 times the memory",
+            StopReason::NoProgress => "the backlog no longer fell towards the budget",
             StopReason::NoBetterBacklog => "the budget is out of reach and the backlog is at its lowest",
             StopReason::OutOfReach => "the budget is out of reach, whatever the order of sending",
             StopReason::MaxTime => "the time limit was reached",

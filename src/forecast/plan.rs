@@ -6,14 +6,14 @@
 use crate::page::Pfn;
 
 /// Ranks told apart: eighths of an octave, 64 octaves.
-const BUCKETS: usize = 512;
+const BUCKETS: usize = 1024;
 /// In place of a bucket: there is no such page.
 pub(super) const NOTHING: i16 = -1;
 
 /// The bucket of a rank in sixteenths of an octave.
 #[inline]
 pub(super) fn bucket_of(rank: i32) -> i16 {
-    (rank / 2).clamp(0, BUCKETS as i32 - 1) as i16
+    rank.clamp(0, BUCKETS as i32 - 1) as i16
 }
 
 /// What the plan says of one chunk: eight bytes, so that a walk over all chunks of a large guest stays in the cache.
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn no_rank_is_outside_the_buckets() {
-        for (rank, bucket) in [(-1, 0), (i32::MIN, 0), (3, 1), (1022, 511), (1024, 511), (i32::MAX, 511)] {
+        for (rank, bucket) in [(-1, 0), (i32::MIN, 0), (3, 3), (1022, 1022), (1024, 1023), (i32::MAX, 1023)] {
             assert_eq!(bucket_of(rank), bucket);
         }
         assert!(!Histogram::new().cut(5).takes(NOTHING));

@@ -1,9 +1,7 @@
 //! What a policy is, and the one place where policies are registered.
 
-use super::ar::ArPage;
-use super::heat::HeatPage;
 use super::paper::Paper;
-use super::ranked::Ranked;
+use super::ranked::{Ranked, Terms};
 use super::working_set::AgeChunk;
 use super::xen::Xen;
 use super::xen_skip::XenSkip;
@@ -75,9 +73,21 @@ pub enum PolicyKind {
     Paper,
     /// Rank by age, write count and activity of the 2 MiB chunk.
     Heat,
-    /// Rank by an autoregressive forecast of the logarithm of the interval.
+    /// `heat` and all of [`Terms`]: the AR forecast of the chunk's activity, its rest, fronts.
     Ar,
+    /// `heat` and some of them, to find out what each adds.
+    HeatWith(Terms),
 }
+
+/// Between `heat` and `ar`.
+const ABLATIONS: [(&str, Terms); 6] = [
+    ("heat+rest", Terms::REST),
+    ("heat+activity", Terms::ACTIVITY),
+    ("heat+fronts", Terms::FRONTS),
+    ("heat+rest+activity", Terms::REST.union(Terms::ACTIVITY)),
+    ("heat+rest+fronts", Terms::REST.union(Terms::FRONTS)),
+    ("heat+activity+fronts", Terms::ACTIVITY.union(Terms::FRONTS)),
+];
 
 impl PolicyKind {
     /// Every policy, baselines first.
@@ -92,6 +102,10 @@ impl PolicyKind {
             PolicyKind::Paper => "paper",
             PolicyKind::Heat => "heat",
             PolicyKind::Ar => "ar",
+            PolicyKind::HeatWith(terms) => {
+                let known = ABLATIONS.iter().find(|(_, known)| *known == terms);
+                known.map_or("ar", |(name, _)| name)
+            }
         }
     }
 
@@ -100,8 +114,9 @@ impl PolicyKind {
             PolicyKind::Xen => Box::new(Xen::new(config.nr_pages)),
             PolicyKind::XenSkip => Box::new(XenSkip::new(config.nr_pages)),
             PolicyKind::Paper => Box::new(Paper::new(config.nr_pages)),
-            PolicyKind::Heat => Box::new(Ranked::<HeatPage>::new(*config)),
-            PolicyKind::Ar => Box::new(Ranked::<ArPage>::new(*config)),
+            PolicyKind::Heat => Box::new(Ranked::new(*config, Terms::empty())),
+            PolicyKind::Ar => Box::new(Ranked::new(*config, Terms::all())),
+            PolicyKind::HeatWith(terms) => Box::new(Ranked::new(*config, terms)),
         }
     }
 }
@@ -114,15 +129,20 @@ impl fmt::Display for PolicyKind {
 
 /// A name that is no policy's.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no policy is called {0:?}; the policies are xen, xen-skip, paper, heat and ar")]
+#[error(
+    "no policy is called {0:?}; the policies are xen, xen-skip, paper, heat and ar, and between the last two heat+rest, \
+         heat+activity, heat+fronts and heat with two of them"
+)]
 pub struct ParsePolicyError(String);
 
 impl FromStr for PolicyKind {
     type Err = ParsePolicyError;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let ablations = ABLATIONS.map(|(_, terms)| PolicyKind::HeatWith(terms));
         PolicyKind::ALL
             .into_iter()
+            .chain(ablations)
             .find(|kind| kind.name() == name)
             .ok_or_else(|| ParsePolicyError(name.to_owned()))
     }
@@ -134,7 +154,8 @@ mod tests {
 
     #[test]
     fn names_read_back_and_the_error_lists_them_all() {
-        for kind in PolicyKind::ALL {
+        for kind in PolicyKind::ALL.into_iter().chain(ABLATIONS.map(|(_, terms)| PolicyKind::HeatWith(terms)))
+        {
             assert_eq!(kind.to_string().parse(), Ok(kind));
         }
         let error = "Heat".parse::<PolicyKind>().unwrap_err().to_string();

@@ -285,7 +285,13 @@ fn a_storm_is_stopped_called_off_or_slowed_down_until_it_converges() {
         assert!(!seen.is_plain() && seen.throttle_steps.is_empty(), "{seen}");
 
         let (aborted, seen) = run_storm(kind, OnNoConvergence::Abort);
-        assert!(matches!(aborted.reason, Some(StopReason::OutOfReach | StopReason::DirtyCap)), "{aborted:?}");
+        assert!(
+            matches!(
+                aborted.reason,
+                Some(StopReason::OutOfReach | StopReason::NoProgress | StopReason::DirtyCap)
+            ),
+            "{aborted:?}"
+        );
         assert!(
             seen.decision.expect("it is decided").aborted && aborted.total_s <= stopped.total_s,
             "{seen}"

@@ -6,15 +6,21 @@
 //! * backlog <= K: stop.
 //! * Hopeless: the clairvoyant bound was above 3K in every sample of one base time, and S > 1.2 N. From then on
 //!   take the first backlog that is no worse than the least since S > N.
+//! * No progress: S > 1.15 N, the bound was near the budget over the last fifth of a base time (its mean at most 1.5K: a
+//!   sender that knew the future could stop about now), and yet the backlog has not fallen so fast in that time that it
+//!   would be within K before the cap. Take the first backlog within 5 % of the least. A bound between 1.5K and 3K asks for
+//!   patience: the guest is in a phase in which nobody could stop, and such phases end.
 //! * Cap: stop before S + backlog reaches 2.2 N, with room for one more sample and for the largest growth of
 //!   the backlog in one sample, which fades within a base time. Without that room one burst went over the cap.
+//! * When the deadline is nearer than half a base time, take the first backlog that is no worse than the least.
 //!
-//! Hopeless and cap are findings that pre-copy does not converge. What follows is the user's choice
-//! ([`OnNoConvergence`]): the above is for `Stop`; under `Abort` either finding ends the migration at once; under
-//! `Throttle` either has the guest slowed down until the backlog is within K, and nothing else but the deadline ends it.
+//! Hopeless, no progress and cap are findings that pre-copy does not converge. What follows is the user's choice
+//! ([`OnNoConvergence`]): the above is for `Stop`; under `Abort` each finding ends the migration at once; under
+//! `Throttle` each has the guest slowed down until the backlog is within K, and nothing else but the deadline ends it.
 //!
-//! On recorded traces this ended migrations that cannot converge at 2.0 times the memory, where Xen's five
-//! rounds sent 4.1 times, and with 15 % less downtime.
+//! docs/forecast.md has what this came to on recorded traces, and what was tried.
+
+use std::collections::VecDeque;
 
 use super::policy::View;
 use super::throttle::{Distance, Throttle};
@@ -25,8 +31,71 @@ use std::time::Duration;
 const HOPELESS_BUDGETS: f64 = 3.0;
 /// No verdict of hopelessness before this multiple of the memory was sent.
 const HOPELESS_SENT: f64 = 1.2;
+/// Progress is looked for over this part of a base time,
+const PROGRESS_BASES: f64 = 0.2;
+/// and over three samples at least.
+const PROGRESS_SAMPLES: usize = 3;
+/// Samples kept for that at most; with more in the time, it is looked for over a shorter one.
+const MAX_PROGRESS_SAMPLES: usize = 1024;
+/// Progress is asked for once this multiple of the memory was sent,
+const PROGRESS_SENT: f64 = 1.15;
+/// and while the bound is on average within this multiple of the budget.
+const WITHIN_REACH_BUDGETS: f64 = 1.5;
+/// Without progress a backlog within this multiple of the least is as good as it gets.
+const NEARLY_LEAST: f64 = 1.05;
 /// Never send more than this multiple of the memory.
 const CAP: f64 = 2.2;
+
+/// What the latest sample shows.
+#[derive(Clone, Copy)]
+struct Findings {
+    stuck: bool,
+    capped: bool,
+    deadline_near: bool,
+}
+
+/// The backlog and the bound over the last part of a base time.
+struct Progress {
+    samples: VecDeque<(Duration, u64, u64)>,
+    /// The least backlog of all samples.
+    least: u64,
+}
+
+impl Progress {
+    fn new() -> Self {
+        Progress { samples: VecDeque::with_capacity(MAX_PROGRESS_SAMPLES), least: u64::MAX }
+    }
+
+    /// Takes in a sample, and drops those that are more than `window_s` before it, but for the last of them.
+    fn note(&mut self, now: Duration, backlog: u64, bound: u64, window_s: f64) {
+        if self.samples.len() == MAX_PROGRESS_SAMPLES {
+            self.samples.pop_front();
+        }
+        self.samples.push_back((now, backlog, bound));
+        let is_old = |(at, ..): &(Duration, u64, u64)| now.saturating_sub(*at).as_secs_f64() >= window_s;
+        while self.samples.len() > PROGRESS_SAMPLES + 1 && self.samples.get(1).is_some_and(is_old) {
+            self.samples.pop_front();
+        }
+        self.least = self.least.min(backlog);
+    }
+
+    /// Whether the budget is about within reach of a sender that knows the future, and the backlog, at the speed at which it
+    /// fell, is not within it after `room_s` seconds.
+    fn is_too_slow(&self, budget: f64, room_s: f64) -> bool {
+        let (Some((then, before, _)), Some((now, backlog, _))) = (self.samples.front(), self.samples.back())
+        else {
+            return false;
+        };
+        if self.samples.len() <= PROGRESS_SAMPLES {
+            return false;
+        }
+        let bounds: u64 = self.samples.iter().map(|(.., bound)| bound).sum();
+        let fell_per_s =
+            (*before as f64 - *backlog as f64) / now.saturating_sub(*then).as_secs_f64().max(1e-6);
+        bounds as f64 / self.samples.len() as f64 <= WITHIN_REACH_BUDGETS * budget
+            && fell_per_s * room_s < *backlog as f64 - budget
+    }
+}
 
 pub(super) struct StopRule {
     config: Config,
@@ -34,6 +103,7 @@ pub(super) struct StopRule {
     out_of_reach_since: Option<Duration>,
     hopeless: bool,
     least_backlog: Option<u64>,
+    progress: Progress,
     last_backlog: Option<u64>,
     rise: f64,
     throttle: Throttle,
@@ -48,6 +118,7 @@ impl StopRule {
             out_of_reach_since: None,
             hopeless: false,
             least_backlog: None,
+            progress: Progress::new(),
             last_backlog: None,
             rise: 0.0,
             throttle: Throttle::new(),
@@ -80,15 +151,20 @@ impl StopRule {
         let sent = view.link.sent as f64;
         let capped = sent + backlog as f64 + pages_per_s * interval_s + self.rise >= CAP * pages as f64;
         let budget = self.config.pages_in_budget(pages_per_s);
+        let room_s = (CAP * pages as f64 - sent - backlog as f64).max(0.0) / pages_per_s;
+        self.progress.note(view.now, backlog, convergence.bound, PROGRESS_BASES * base_s);
+        let stuck = sent > PROGRESS_SENT * pages as f64 && self.progress.is_too_slow(budget, room_s);
+        let deadline_near = self.config.max_time.saturating_sub(view.now).as_secs_f64() < base_s / 2.0;
+        let found = Findings { stuck, capped, deadline_near };
         self.verdict = if backlog as f64 <= budget {
             Verdict::Stop(StopReason::WithinBudget)
         } else {
             match self.config.on_no_convergence {
-                OnNoConvergence::Stop => self.at_the_best_backlog(backlog, capped),
-                OnNoConvergence::Abort => self.called_off(capped),
+                OnNoConvergence::Stop => self.at_the_best_backlog(backlog, found),
+                OnNoConvergence::Abort => self.called_off(found),
                 OnNoConvergence::Throttle => {
                     let here = Distance { bound: convergence.bound as f64, backlog: backlog as f64, budget };
-                    self.slowed_down(view.now, base_s, capped, here)
+                    self.slowed_down(view.now, base_s, found, here)
                 }
             }
         };
@@ -98,28 +174,33 @@ impl StopRule {
         self.verdict
     }
 
-    fn at_the_best_backlog(&self, backlog: u64, capped: bool) -> Verdict {
-        if self.hopeless && self.least_backlog.is_some_and(|least| backlog <= least) {
+    fn at_the_best_backlog(&self, backlog: u64, found: Findings) -> Verdict {
+        let is_least = self.least_backlog.is_some_and(|least| backlog <= least);
+        if is_least && (self.hopeless || found.deadline_near) {
             Verdict::Stop(StopReason::NoBetterBacklog)
-        } else if capped {
+        } else if found.stuck && backlog as f64 <= NEARLY_LEAST * self.progress.least as f64 {
+            Verdict::Stop(StopReason::NoProgress)
+        } else if found.capped {
             Verdict::Stop(StopReason::DirtyCap)
         } else {
             Verdict::Continue
         }
     }
 
-    fn called_off(&self, capped: bool) -> Verdict {
+    fn called_off(&self, found: Findings) -> Verdict {
         if self.hopeless {
             Verdict::Abort(StopReason::OutOfReach)
-        } else if capped {
+        } else if found.stuck {
+            Verdict::Abort(StopReason::NoProgress)
+        } else if found.capped {
             Verdict::Abort(StopReason::DirtyCap)
         } else {
             Verdict::Continue
         }
     }
 
-    fn slowed_down(&mut self, now: Duration, base_s: f64, capped: bool, here: Distance) -> Verdict {
-        if self.hopeless || capped || self.throttle.is_on() {
+    fn slowed_down(&mut self, now: Duration, base_s: f64, found: Findings, here: Distance) -> Verdict {
+        if self.hopeless || found.stuck || found.capped || self.throttle.is_on() {
             Verdict::Throttle(self.throttle.judge(now, base_s, self.config.sample_interval, here))
         } else {
             Verdict::Continue
