@@ -382,6 +382,17 @@ mod tests {
     }
 
     #[test]
+    fn a_set_that_grows_keeps_its_pages_and_takes_new_ones() {
+        let mut set = PageSet::empty(0);
+        for (nr_pages, page) in [(1, 0), (512, 511), (600, 512), (5000, 4999)] {
+            set.grow(nr_pages);
+            assert!(set.insert(Pfn(page)) && set.nr_pages() == nr_pages);
+        }
+        set.grow(7);
+        assert_eq!((set.nr_pages(), listed(&set)), (5000, vec![0, 511, 512, 4999]));
+    }
+
+    #[test]
     fn a_full_set_holds_every_page_and_no_more() {
         for nr_pages in [1, 63, 64, 65, 511, 512, 513, 1025] {
             let set = PageSet::full(nr_pages);

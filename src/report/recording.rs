@@ -157,9 +157,9 @@ pub fn table(recording: &Recording, path: &str, bytes: u64, fault_cost: Option<D
         if let (Some(time), Some(cost)) = (estimated_fault_time(r, fault_cost), fault_cost) {
             let share = time.as_secs_f64() / toll.cpu.as_secs_f64().max(1e-9) * 100.0;
             row(
-                "  of that for the tracking, an estimate",
+                "  of that for the tracking, at least",
                 format!(
-                    "{} faults of {:.2} us as measured here: {:.2} s, {share:.0} % of its CPU time",
+                    "estimate: {} faults of {:.2} us as measured here, {:.2} s, {share:.0} % of its CPU time",
                     dirty.total,
                     cost.as_nanos() as f64 / 1e3,
                     time.as_secs_f64()

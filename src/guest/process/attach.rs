@@ -26,6 +26,12 @@ pub struct Attachment {
     pub stopped: Duration,
 }
 
+/// How long a thread may take to stop, if one has to be waited for.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The same if a recording waits meanwhile.
+const BRIEF: Duration = Duration::from_millis(50);
+
 /// How long a process that is just becoming another program may take until that can be attached to.
 const EXEC_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -47,7 +53,7 @@ impl Attachment {
     pub fn new(pid: i32) -> Result<Self, TrackingError> {
         let since = Instant::now();
         loop {
-            match Self::attempt(pid) {
+            match Self::attempt(pid, STOP_PATIENCE) {
                 Ok(attachment) => return Ok(attachment),
                 Err(Attempt::Failed(error)) => return Err(error),
                 Err(Attempt::InExec) if since.elapsed() > EXEC_PATIENCE => {
@@ -60,7 +66,18 @@ impl Attachment {
         }
     }
 
-    fn attempt(pid: i32) -> Result<Self, Attempt> {
+    /// Attaches to a running process if that goes at once; if it is just being loaded, or waits inside the kernel, it does
+    /// not.
+    pub fn at_once(pid: i32) -> Result<Self, TrackingError> {
+        Self::attempt(pid, BRIEF).map_err(|attempt| match attempt {
+            Attempt::Failed(error) => error,
+            Attempt::InExec => {
+                TrackingError::Target(format!("process {pid} is just becoming another program"))
+            }
+        })
+    }
+
+    fn attempt(pid: i32, patience: Duration) -> Result<Self, Attempt> {
         if pid == std::process::id() as i32 {
             return Err(TrackingError::Target("pagecast cannot attach to itself".to_owned()).into());
         }
@@ -69,7 +86,7 @@ impl Attachment {
             return Err(gone(pid).into());
         }
         let pagemap = Pagemap::of_process(pid).map_err(|error| failed(pid, &error))?;
-        let opened = open_userfaultfd(pid)?;
+        let opened = open_userfaultfd(pid, patience)?;
         let uffd = Userfaultfd::adopt(opened.descriptor)?;
         // Had it become another program meanwhile, the page map would be of the one before.
         let now = Stat::of(pid).map_err(|error| failed(pid, &error))?;
@@ -80,13 +97,13 @@ impl Attachment {
     }
 }
 
-fn open_userfaultfd(pid: i32) -> Result<Opened, Attempt> {
+fn open_userfaultfd(pid: i32, patience: Duration) -> Result<Opened, Attempt> {
     let found = proc::find_syscall_instruction(pid).map_err(|error| failed(pid, &error))?;
     let syscall_at = found.ok_or(Attempt::InExec)?;
-    let has_seccomp = proc::has_seccomp(pid);
     let mut last = gone(pid);
     for thread in proc::threads_least_disturbed_first(pid).into_iter().take(MAX_THREADS) {
-        match ptrace::open_userfaultfd(&Order { pid, thread, syscall_at, has_seccomp }) {
+        let has_seccomp = proc::has_seccomp(pid, thread);
+        match ptrace::open_userfaultfd(&Order { pid, thread, syscall_at, has_seccomp, patience }) {
             Ok(opened) => return Ok(opened),
             Err(BorrowError::Gone) => {}
             Err(BorrowError::NoInstruction) => return Err(Attempt::InExec),

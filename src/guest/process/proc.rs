@@ -82,9 +82,9 @@ pub fn children(pid: i32) -> Vec<i32> {
     threads(pid).into_iter().flat_map(of_thread).collect()
 }
 
-/// Whether system calls of a process go through a seccomp filter.
-pub fn has_seccomp(pid: i32) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+/// Whether system calls of a thread go through a seccomp filter: each thread may have its own.
+pub fn has_seccomp(pid: i32, thread: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/task/{thread}/status")).unwrap_or_default();
     status.lines().any(|line| line.strip_prefix("Seccomp:").is_some_and(|mode| mode.trim() != "0"))
 }
 

@@ -243,7 +243,7 @@ impl Tracker {
                 if stat.has_ended() || self.refused.get(&(child, stat.start_ticks)) == Some(&ATTEMPTS) {
                     continue;
                 }
-                match Attachment::new(child) {
+                match Attachment::at_once(child) {
                     Ok(attachment) => self.add(attachment),
                     // It may just be ending, or becoming another program: the next rounds will tell.
                     Err(_) => {

@@ -37,6 +37,8 @@ pub struct Order {
     /// Whether it lives under a seccomp filter, which is to be suspended meanwhile: it might kill the process for a
     /// system call that it does not know.
     pub has_seccomp: bool,
+    /// How long the thread may take to stop.
+    pub patience: Duration,
 }
 
 /// What a borrowed thread has brought.

@@ -136,6 +136,8 @@ fn lives() {
                 memories.remove(next());
                 println!("{PROMPT}");
             }
+            // Has the kernel kill this process for a userfaultfd call.
+            "seccomp" => println!("{PROMPT} {}", u8::from(!forbid_userfaultfd())),
             "report" => {
                 let rounds = ROUNDS.iter().map(|rounds| rounds.load(Ordering::Relaxed).to_string());
                 let rounds: Vec<String> = rounds.collect();
@@ -250,4 +252,21 @@ fn interrupt_often() {
             }
         }
     });
+}
+
+fn forbid_userfaultfd() -> bool {
+    let step = |code, k, jt, jf| libc::sock_filter { code, jt, jf, k };
+    let mut filter = [
+        // The number of the system call; userfaultfd: kill the process; anything else: go on.
+        step((libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, 0, 0, 0),
+        step((libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16, libc::SYS_userfaultfd as u32, 0, 1),
+        step((libc::BPF_RET | libc::BPF_K) as u16, libc::SECCOMP_RET_KILL_PROCESS, 0, 0),
+        step((libc::BPF_RET | libc::BPF_K) as u16, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: the program and its filter outlive the calls, which copy them.
+    unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) == 0
+    }
 }

@@ -2,12 +2,13 @@ use std::time::{Duration, Instant};
 
 use super::specimen::Specimen;
 use super::*;
-use crate::guest::process::proc::{find_syscall_instruction, threads};
+use crate::guest::process::proc::{find_syscall_instruction, has_seccomp, threads};
 use crate::sys::userfaultfd::Userfaultfd;
 
 fn order(specimen: &Specimen, thread: i32) -> Order {
     let syscall_at = find_syscall_instruction(specimen.pid()).unwrap().unwrap();
-    Order { pid: specimen.pid(), thread, syscall_at, has_seccomp: false }
+    let patience = Duration::from_secs(2);
+    Order { pid: specimen.pid(), thread, syscall_at, has_seccomp: false, patience }
 }
 
 /// Attaches; None, with a word, where the machine does not allow it.
@@ -101,6 +102,31 @@ fn a_signal_that_arrives_meanwhile_is_not_lost() {
         rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
     }
     specimen.assert_well();
+}
+
+#[test]
+fn a_filter_that_would_kill_the_target_for_the_call_is_suspended() {
+    let test = "a_filter_that_would_kill_the_target_for_the_call_is_suspended";
+    let mut specimen = Specimen::start(false);
+    if specimen.ask("seccomp") != [0] {
+        eprintln!("SKIPPED: {test}: this machine takes no seccomp filter");
+        return;
+    }
+    let filtered = |specimen: &Specimen| {
+        threads(specimen.pid()).into_iter().find(|thread| has_seccomp(specimen.pid(), *thread))
+    };
+    let thread = filtered(&specimen).expect("a thread has the filter");
+    let order = Order { has_seccomp: true, ..order(&specimen, thread) };
+    for _ in 0..5 {
+        match open_userfaultfd(&order) {
+            Err(error @ BorrowError::Seccomp(_)) => return eprintln!("SKIPPED: {test}: {error}"),
+            other => assert!(other.is_ok(), "{other:?}"),
+        }
+        specimen.ask("report");
+    }
+    // And is in force again: not suspended, it does kill.
+    let killed = open_userfaultfd(&Order { has_seccomp: false, ..order });
+    assert!(matches!(killed, Err(BorrowError::Gone)), "{killed:?}");
 }
 
 #[test]

@@ -28,9 +28,6 @@ use libc::{c_int, c_uint, c_void, user_regs_struct};
 use super::{BorrowError, Order, SYSCALL_INSTRUCTION};
 use crate::sys::{cpu, descriptors};
 
-/// How long the thread may take to stop.
-const PATIENCE: Duration = Duration::from_secs(2);
-
 /// How often a thread may be found inside a restartable sequence.
 const TRIES: usize = 100;
 
@@ -457,7 +454,7 @@ impl Thread<'_> {
                 }
                 return Ok((libc::WSTOPSIG(status), status >> 16));
             }
-            let left = PATIENCE.saturating_sub(since.elapsed());
+            let left = self.order.patience.saturating_sub(since.elapsed());
             if left.is_zero() {
                 return Err(Fault::of(Step::Stuck));
             }
