@@ -5,12 +5,12 @@
 
 use crate::page::Pfn;
 
-/// Ranks told apart: eighths of an octave, 64 octaves.
-const BUCKETS: usize = 1024;
+/// Ranks told apart: 64ths of an octave, 64 octaves.
+const BUCKETS: usize = 4096;
 /// In place of a bucket: there is no such page.
 pub(super) const NOTHING: i16 = -1;
 
-/// The bucket of a rank in sixteenths of an octave.
+/// The bucket of a rank in 64ths of an octave.
 #[inline]
 pub(super) fn bucket_of(rank: i32) -> i16 {
     rank.clamp(0, BUCKETS as i32 - 1) as i16
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn no_rank_is_outside_the_buckets() {
-        for (rank, bucket) in [(-1, 0), (i32::MIN, 0), (3, 3), (1022, 1022), (1024, 1023), (i32::MAX, 1023)] {
+        for (rank, bucket) in [(-1, 0), (i32::MIN, 0), (3, 3), (4094, 4094), (4096, 4095), (i32::MAX, 4095)] {
             assert_eq!(bucket_of(rank), bucket);
         }
         assert!(!Histogram::new().cut(5).takes(NOTHING));

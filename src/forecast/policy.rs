@@ -79,14 +79,16 @@ pub enum PolicyKind {
     HeatWith(Terms),
 }
 
-/// Between `heat` and `ar`.
-const ABLATIONS: [(&str, Terms); 6] = [
+/// Between `heat` and `ar`: each term by itself, and all but one.
+const ABLATIONS: [(&str, Terms); 8] = [
     ("heat+rest", Terms::REST),
     ("heat+activity", Terms::ACTIVITY),
     ("heat+fronts", Terms::FRONTS),
-    ("heat+rest+activity", Terms::REST.union(Terms::ACTIVITY)),
-    ("heat+rest+fronts", Terms::REST.union(Terms::FRONTS)),
-    ("heat+activity+fronts", Terms::ACTIVITY.union(Terms::FRONTS)),
+    ("heat+neighbours", Terms::NEIGHBOURS),
+    ("ar-rest", Terms::all().difference(Terms::REST)),
+    ("ar-activity", Terms::all().difference(Terms::ACTIVITY)),
+    ("ar-fronts", Terms::all().difference(Terms::FRONTS)),
+    ("ar-neighbours", Terms::all().difference(Terms::NEIGHBOURS)),
 ];
 
 impl PolicyKind {

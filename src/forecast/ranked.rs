@@ -26,8 +26,10 @@ use std::time::Duration;
 
 /// Time constant of the activity of a chunk. Anything from 0.25 to 4 s does as well.
 const ACTIVITY_MEMORY_S: f64 = 1.0;
+/// Buckets in a sixteenth of an octave: chunks are told apart by less than pages are.
+const BUCKETS_IN_A_RANK: i32 = 4;
 /// Added to a rank so that none is negative.
-const RANK_OFFSET: i32 = 24 * OCTAVE;
+const RANK_OFFSET: i32 = 24 * OCTAVE * BUCKETS_IN_A_RANK;
 /// A page that a front will reach in some time ranks this much below one that has rested for as long: one octave.
 const BEFORE_A_FRONT: i32 = OCTAVE;
 /// A page written within three units has just been passed by the front that comes to its chunk: the log of those and one.
@@ -51,6 +53,8 @@ bitflags! {
         const ACTIVITY = 1 << 1;
         /// Pages that a front is about to reach are held back.
         const FRONTS = 1 << 2;
+        /// How active the chunks near by are: where there is writing, more will come.
+        const NEIGHBOURS = 1 << 3;
     }
 }
 
@@ -58,6 +62,11 @@ bitflags! {
 const ACTIVITY_DIVISOR: i32 = 4;
 /// and its rest with the inverse of this.
 const REST_DIVISOR: i32 = 2;
+/// The activity of the chunks near by counts with the inverse of this: hardly more than to tell apart chunks of which else
+/// nothing is known. On recorded traces anything from 1/50 to 1/4 did as well.
+const NEIGHBOURS_DIVISOR: i32 = 16;
+/// A chunk's activity counts for its neighbours with a weight that falls by the inverse of two to this with each step.
+const NEIGHBOURS_SHIFT: u32 = 3;
 /// Without [`Terms::REST`] a page never written ranks as if it had rested for this much longer than it has been watched.
 const HEAD_START: Duration = Duration::from_secs(1);
 
@@ -67,13 +76,6 @@ struct Clock {
     unit: Duration,
     /// log2 of the time since the start, in units, plus one.
     log2_since_start: i32,
-}
-
-/// What is added to the ranks of a chunk's pages, once for a plan.
-#[derive(Clone, Copy)]
-struct Shifts {
-    never_written: i32,
-    written: i32,
 }
 
 /// The samples in which each page of a chunk was dirty, saturating.
@@ -96,11 +98,11 @@ struct Scratch {
 /// A policy that ranks pages. A page written `n` times ranks by
 ///
 /// ```text
-/// log2(age) - log2(1 + n) - 1/4 activity [+ 1/2 log2(rest)]
+/// log2(age) - log2(1 + n) - 1/4 activity [+ 1/2 log2(rest) - 1/16 activity near by]
 /// ```
 ///
 /// with `activity` the log of one plus the pages of its chunk that are written per unit, and `rest` the time since any of them
-/// was; a page never written has the time since the start for its age.
+/// was; a page never written has the time since the start for its age. The rest is by [`Terms`].
 pub(super) struct Ranked {
     config: Config,
     terms: Terms,
@@ -109,6 +111,8 @@ pub(super) struct Ranked {
     /// For each sample number log2 of the time since it was taken; entry 0 stands for pages never written.
     log2_ages: Vec<i16>,
     fronts: Fronts,
+    /// For each chunk the activity around it, in 256ths of an octave; empty without [`Terms::NEIGHBOURS`].
+    nearby_q8: Vec<i32>,
     fade: Fade,
     clock: Clock,
     /// A sample has come since ages and clock were set.
@@ -141,6 +145,7 @@ impl Ranked {
             states: Chunks::new(nr_chunks),
             log2_ages: Vec::with_capacity(max_samples(&config) + 1),
             fronts: Fronts::new(config.sample_interval),
+            nearby_q8: vec![0; if terms.contains(Terms::NEIGHBOURS) { nr_chunks } else { 0 }],
             fade: Fade::new(ACTIVITY_MEMORY_S, config.sample_interval),
             clock: Clock { since_start: Duration::ZERO, unit: config.sample_interval, log2_since_start: 0 },
             stale: true,
@@ -172,6 +177,7 @@ impl Ranked {
         self.clock.since_start = at;
         self.clock.log2_since_start = i32::from(self.log2_ages[0]);
         self.log2_ages[0] = self.log2_age_never_written() as i16;
+        self.look_around();
         self.stale = false;
     }
 
@@ -201,17 +207,46 @@ impl Ranked {
         self.clock.log2_since_start - OCTAVE
     }
 
-    /// What the state of a chunk says of its pages.
+    /// log2 of one plus the pages of a chunk that are written per unit.
     #[inline(always)]
-    fn shifts(&self, chunk: &ChunkState) -> Shifts {
-        let activity = if self.terms.contains(Terms::ACTIVITY) {
-            chunk.forecast.forecast_q4()
-        } else {
-            log2_q4(256 + (chunk.activity.now_q16(&self.fade) >> 8))
+    fn activity_q4(&self, state: &ChunkState) -> i32 {
+        if self.terms.contains(Terms::ACTIVITY) {
+            return state.forecast.forecast_q4();
+        }
+        log2_q4(256 + (state.activity.now_q16(&self.fade) >> 8))
+    }
+
+    /// What the state of a chunk, and what lies around it, say of its pages: to be added to their ranks, in buckets.
+    #[inline(always)]
+    fn shift(&self, chunk: usize, state: &ChunkState) -> i32 {
+        let rest = if self.terms.contains(Terms::REST) { state.log2_rest(&self.fade) } else { 0 };
+        let own = rest * BUCKETS_IN_A_RANK / REST_DIVISOR
+            - self.activity_q4(state) * BUCKETS_IN_A_RANK / ACTIVITY_DIVISOR;
+        own - self
+            .nearby_q8
+            .get(chunk)
+            .map_or(0, |nearby| nearby * BUCKETS_IN_A_RANK / NEIGHBOURS_DIVISOR / 16)
+    }
+
+    /// Sets `nearby_q8` to the activity around each chunk: an exponential mean of that to the left, without the chunk itself,
+    /// plus one of that to the right.
+    fn look_around(&mut self) {
+        let mut nearby = std::mem::take(&mut self.nearby_q8);
+        let step = |mean: &mut i32, chunk: usize| {
+            let before = *mean;
+            let activity_q8 = self.states.get(chunk).map_or(0, |state| self.activity_q4(state) * 16);
+            *mean += (activity_q8 - before) >> NEIGHBOURS_SHIFT;
+            before
         };
-        let rest = if self.terms.contains(Terms::REST) { chunk.log2_rest(&self.fade) } else { 0 };
-        let shift = rest / REST_DIVISOR - activity / ACTIVITY_DIVISOR;
-        Shifts { never_written: shift, written: shift }
+        let mut left = 0;
+        for (chunk, nearby) in nearby.iter_mut().enumerate() {
+            *nearby = step(&mut left, chunk);
+        }
+        let mut right = 0;
+        for (chunk, nearby) in nearby.iter_mut().enumerate().rev() {
+            *nearby += step(&mut right, chunk);
+        }
+        self.nearby_q8 = nearby;
     }
 
     #[inline(always)]
@@ -230,7 +265,7 @@ impl Ranked {
         {
             rank = rank.min(most);
         }
-        bucket_of(rank + members.shift)
+        bucket_of(rank * BUCKETS_IN_A_RANK + members.shift)
     }
 
     /// Finds the cut above which about `budget` pages rank.
@@ -255,22 +290,22 @@ impl Ranked {
         scratch.histogram.clear();
         let (rank_never, most_written) = (self.rank_never_written(), self.most_written());
         let idle = ChunkState::default();
-        let shifts_idle = self.shifts(&idle);
         for chunk in pending.occupied_chunks() {
-            let (state, shifts) = match self.states.get(chunk) {
-                Some(state) => (state, self.shifts(state)),
-                None => (&idle, shifts_idle),
-            };
+            let state = self.states.get(chunk).unwrap_or(&idle);
+            let shift = self.shift(chunk, state) + RANK_OFFSET;
             let pages = pending.chunk_words(chunk).iter().zip(&state.written);
             let written_pages: u32 = pages.map(|(pending, written)| (pending & written).count_ones()).sum();
             let never_pages = pending.chunk_len(chunk) as u32 - written_pages;
             let rank = self.most(chunk).map_or(rank_never, |most| rank_never.min(most));
-            let never_written = bucket_of(rank + shifts.never_written + RANK_OFFSET);
+            let never_written = bucket_of(rank * BUCKETS_IN_A_RANK + shift);
             scratch.histogram.add(never_written, never_pages);
-            let shift = shifts.written + RANK_OFFSET;
             scratch.chunks[chunk] = ChunkPlan {
                 never_written: if never_pages > 0 { never_written } else { NOTHING },
-                written: if written_pages > 0 { bucket_of(most_written + shift) } else { NOTHING },
+                written: if written_pages > 0 {
+                    bucket_of(most_written * BUCKETS_IN_A_RANK + shift)
+                } else {
+                    NOTHING
+                },
                 shift_written: shift as i16,
                 written_pages: written_pages as u16,
             };
@@ -614,15 +649,15 @@ mod tests {
             .iter()
             .map(|pfn| {
                 let chunk = pfn.chunk();
-                let shifts = ranked.shifts(ranked.states.get(chunk).unwrap_or(&ChunkState::default()));
-                let shift = shifts.written + RANK_OFFSET;
+                let state = ranked.states.get(chunk).cloned().unwrap_or_default();
+                let shift = ranked.shift(chunk, &state) + RANK_OFFSET;
                 let bucket = match ranked.members(chunk, shift, working_set) {
                     Some(members) if members.ages.0[pfn.in_chunk()] > 0 => {
                         ranked.bucket(&members, pfn.in_chunk())
                     }
                     _ => {
                         let most = ranked.most(chunk).unwrap_or(i32::MAX);
-                        bucket_of(ranked.rank_never_written().min(most) + shifts.never_written + RANK_OFFSET)
+                        bucket_of(ranked.rank_never_written().min(most) * BUCKETS_IN_A_RANK + shift)
                     }
                 };
                 (-bucket, pfn)
