@@ -38,9 +38,7 @@ impl Engine {
     pub fn on_sample(&mut self, sample: &Sample) {
         self.working_set.make_room();
         self.policy.on_sample(sample, &self.working_set);
-        self.working_set.record_with(sample, |chunk, ahead, ages| {
-            self.policy.on_chunk(sample.dirty, chunk, ahead, ages);
-        });
+        self.working_set.record_with(sample, |step| self.policy.on_chunk(sample.dirty, step));
         self.policy.end_sample(sample.at);
         self.pending.union(sample.dirty);
     }

@@ -2,7 +2,7 @@
 
 use super::paper::Paper;
 use super::ranked::{Ranked, Terms};
-use super::working_set::AgeChunk;
+use super::working_set::Step;
 use super::xen::Xen;
 use super::xen_skip::XenSkip;
 use super::{Config, Convergence, Link, Next, Peek, Sample, Verdict, WorkingSet};
@@ -30,9 +30,8 @@ pub(super) trait Policy: Send {
     /// those of the writes before.
     fn on_sample(&mut self, sample: &Sample, working_set: &WorkingSet);
 
-    /// Takes in one chunk of the sample, in ascending order: `dirty` is the whole sample, `ages` are those of the
-    /// chunk's pages before it. The chunk after this is `ahead`, so that its state can be asked for.
-    fn on_chunk(&mut self, _dirty: &PageSet, _chunk: usize, _ahead: Option<usize>, _ages: &AgeChunk) {}
+    /// Sees the chunks of the sample, in ascending order.
+    fn on_chunk(&mut self, _dirty: &PageSet, _step: Step) {}
 
     /// All chunks of the sample taken at `at` are in.
     fn end_sample(&mut self, _at: Duration) {}

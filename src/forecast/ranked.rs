@@ -16,11 +16,11 @@ use super::log2::{LOG2_OF_COUNT, OCTAVE, in_units_q8, log2_q4};
 use super::plan::{ChunkPlan, Histogram, NOTHING, Plan, bucket_of};
 use super::policy::{Policy, View};
 use super::stop::StopRule;
-use super::working_set::{AgeChunk, SPARSE, max_samples};
+use super::working_set::{AgeChunk, SPARSE, Step, max_samples};
 use super::{Config, Convergence, Next, Peek, Sample, Verdict, WorkingSet};
 use crate::page::{CHUNK_PAGES, Pfn};
-use crate::page_set::{CHUNK_WORDS, PageSet, for_each_place};
-use crate::sys::simd::{at_best, prefetch};
+use crate::page_set::{CHUNK_WORDS, PageSet, Places, for_each_place};
+use crate::sys::simd::{Work, at_best, prefetch};
 use bitflags::bitflags;
 use std::time::Duration;
 
@@ -274,10 +274,10 @@ impl Ranked {
             self.refresh(view.working_set);
         }
         let mut scratch = std::mem::take(&mut self.scratch);
-        at_best(|| self.count_never_written(view.pending, &mut scratch));
+        at_best(CountNeverWritten { ranked: self, pending: view.pending, scratch: &mut scratch });
         let floor = scratch.histogram.cut(budget).cut;
         self.choose_chunks(view.pending, floor, budget, &mut scratch);
-        at_best(|| self.count_written(view, &mut scratch));
+        at_best(CountWritten { ranked: self, view, scratch: &mut scratch });
         let plan = scratch.histogram.cut(budget);
         self.scratch = scratch;
         plan
@@ -451,16 +451,66 @@ impl Ranked {
 
     /// Asks for the state of a chunk of the sample that comes soon.
     #[inline(always)]
-    fn expect(&self, chunk: usize, dirty: &PageSet) {
+    fn expect(&self, chunk: usize, places: &Places) {
         if let Some(state) = self.states.get(chunk) {
             prefetch(&state.written);
             prefetch(&state.forecast);
         }
-        if dirty.chunk_len(chunk) <= SPARSE
+        if places.len() <= SPARSE
             && let Some(counts) = self.counts.get(chunk)
         {
-            for_each_place(dirty.chunk_words(chunk), |place| prefetch(&counts.0[place]));
+            places.iter().for_each(|place| prefetch(&counts.0[place]));
         }
+    }
+
+    /// Takes in a chunk of the sample: `words` and `places` are its dirty pages.
+    #[inline(always)]
+    fn take_in(&mut self, chunk: usize, words: &[u64; CHUNK_WORDS], places: &Places, ages: &AgeChunk) {
+        let state = self.states.get_or_insert_with(chunk, ChunkState::default);
+        state.written.iter_mut().zip(words).for_each(|(written, word)| *written |= word);
+        state.note_written(places.len(), &self.fade);
+        let counts = self.counts.get_or_insert_with(chunk, || CountChunk([0; CHUNK_PAGES]));
+        let mut fresh = 0;
+        for place in places.iter() {
+            let last = usize::from(ages.0[place]);
+            fresh += u32::from(last == 0 || i32::from(self.log2_ages[last]) > OCTAVE);
+            counts.0[place] = counts.0[place].saturating_add(1);
+        }
+        if self.terms.contains(Terms::FRONTS) {
+            self.fronts.note_chunk(chunk, words, fresh);
+        }
+    }
+}
+
+/// [`Ranked::count_never_written`].
+struct CountNeverWritten<'a> {
+    ranked: &'a Ranked,
+    pending: &'a PageSet,
+    scratch: &'a mut Scratch,
+}
+
+impl Work for CountNeverWritten<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.ranked.count_never_written(self.pending, self.scratch);
+    }
+}
+
+/// [`Ranked::count_written`].
+struct CountWritten<'a> {
+    ranked: &'a Ranked,
+    view: &'a View<'a>,
+    scratch: &'a mut Scratch,
+}
+
+impl Work for CountWritten<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.ranked.count_written(self.view, self.scratch);
     }
 }
 
@@ -472,23 +522,12 @@ impl Policy for Ranked {
         self.plan = None;
     }
 
-    fn on_chunk(&mut self, dirty: &PageSet, chunk: usize, ahead: Option<usize>, ages: &AgeChunk) {
-        if let Some(ahead) = ahead {
-            self.expect(ahead, dirty);
-        }
-        let words = dirty.chunk_words(chunk);
-        let state = self.states.get_or_insert_with(chunk, ChunkState::default);
-        state.written.iter_mut().zip(words).for_each(|(written, word)| *written |= word);
-        state.note_written(dirty.chunk_len(chunk), &self.fade);
-        let counts = self.counts.get_or_insert_with(chunk, || CountChunk([0; CHUNK_PAGES]));
-        let mut fresh = 0;
-        for_each_place(words, |place| {
-            let last = usize::from(ages.0[place]);
-            fresh += u32::from(last == 0 || i32::from(self.log2_ages[last]) > OCTAVE);
-            counts.0[place] = counts.0[place].saturating_add(1);
-        });
-        if self.terms.contains(Terms::FRONTS) {
-            self.fronts.note_chunk(chunk, words, fresh);
+    fn on_chunk(&mut self, dirty: &PageSet, step: Step) {
+        match step {
+            Step::Expect { chunk, places } => self.expect(chunk, places),
+            Step::TakeIn { chunk, places, ages } => {
+                self.take_in(chunk, dirty.chunk_words(chunk), places, ages)
+            }
         }
     }
 
@@ -609,8 +648,7 @@ mod tests {
                 .for_each(|(first, count)| dirty.insert_run(Pfn(*first), *count.min(&(NR_PAGES - first))));
             let sample = Sample { at: Duration::from_millis(50 * (number as u64 + 1)), dirty: &dirty };
             ranked.on_sample(&sample, &working_set);
-            working_set
-                .record_with(&sample, |chunk, ahead, ages| ranked.on_chunk(&dirty, chunk, ahead, ages));
+            working_set.record_with(&sample, |step| ranked.on_chunk(&dirty, step));
             ranked.end_sample(sample.at);
         }
         (ranked, working_set, PageSet::full(NR_PAGES))

@@ -8,15 +8,20 @@ use super::bound::{Bounds, TStar};
 use super::chunks::Chunks;
 use super::{Config, Sample};
 use crate::page::{CHUNK_PAGES, Pfn};
-use crate::page_set::for_each_place;
-use crate::sys::simd::prefetch;
+use crate::page_set::{PageSet, Places};
+use crate::sys::simd::{Work, at_best, prefetch};
 use std::time::Duration;
 
 /// Samples told apart at one time, at most: 13 minutes at 50 ms. Even, and well below what a `u16` holds.
 const MAX_SAMPLES: usize = 16384;
 
-/// A sample's chunks whose state is asked for before it is needed.
-const CHUNKS_AHEAD: usize = 2;
+/// State is asked for about so many dirty pages before it is needed, and a few chunks at least and at most. A miss takes
+/// as long as some tens of pages.
+const PAGES_AHEAD: u64 = 64;
+const CHUNKS_AHEAD: (u64, u64) = (2, 15);
+/// Chunks whose dirty pages are listed at a time.
+const LISTS: usize = 16;
+const _: () = assert!((CHUNKS_AHEAD.1 as usize) < LISTS);
 /// With more dirty pages than this in a chunk its state is walked through, and the hardware sees it coming.
 pub(super) const SPARSE: usize = 64;
 
@@ -40,6 +45,8 @@ pub struct WorkingSet {
     samples_taken: u64,
     zero_unwritten: u64,
     bounds: Bounds,
+    /// Dirty pages of the chunks that are looked ahead to.
+    lists: Vec<Places>,
 }
 
 impl WorkingSet {
@@ -63,6 +70,7 @@ impl WorkingSet {
             samples_taken: 0,
             zero_unwritten: 0,
             bounds: Bounds::new(nr_pages, max_samples),
+            lists: vec![Places::NONE; LISTS],
         }
     }
 
@@ -73,32 +81,12 @@ impl WorkingSet {
         }
     }
 
-    /// Takes in a sample. Before a chunk is, `before` sees it: its number, that of a chunk which comes soon, and the ages
-    /// of its pages up to now.
-    pub(super) fn record_with(
-        &mut self,
-        sample: &Sample,
-        mut before: impl FnMut(usize, Option<usize>, &AgeChunk),
-    ) {
+    /// Takes in a sample, and tells `observe` of each of its chunks in ascending order before it is taken in.
+    pub(super) fn record_with(&mut self, sample: &Sample, observe: impl FnMut(Step)) {
         debug_assert!(sample.at >= self.last_sample_at(), "samples come in the order of time");
         assert_eq!(sample.dirty.nr_pages(), self.nr_pages, "a sample of another page-number space");
         self.make_room();
-        let number = self.times.len() as u16;
-        let mut ahead = sample.dirty.occupied_chunks().skip(CHUNKS_AHEAD);
-        for chunk in sample.dirty.occupied_chunks() {
-            let soon = ahead.next();
-            if let Some(soon) = soon.filter(|soon| sample.dirty.chunk_len(*soon) <= SPARSE)
-                && let Some(ages) = self.chunks.get(soon)
-            {
-                for_each_place(sample.dirty.chunk_words(soon), |place| prefetch(&ages.0[place]));
-            }
-            let ages = self.chunks.get_or_insert(chunk, &NEVER_WRITTEN);
-            before(chunk, soon, ages);
-            for_each_place(sample.dirty.chunk_words(chunk), |place| {
-                let last = std::mem::replace(&mut ages.0[place], number);
-                self.counts[usize::from(last)] -= 1;
-            });
-        }
+        at_best(TakeIn { working_set: self, dirty: sample.dirty, observe });
         self.times.push(sample.at.max(self.last_sample_at()));
         self.counts.push(sample.dirty.len());
         self.samples_taken += 1;
@@ -108,7 +96,7 @@ impl WorkingSet {
     /// Takes in a sample.
     #[cfg(test)]
     pub(super) fn record(&mut self, sample: &Sample) {
-        self.record_with(sample, |_, _, _| {});
+        self.record_with(sample, |_| {});
     }
 
     /// Merges samples 1 and 2 into 1, 3 and 4 into 2, and so on; each pair keeps the time of its later sample.
@@ -192,6 +180,78 @@ impl WorkingSet {
     pub(super) fn times(&self) -> &[Duration] {
         &self.times
     }
+}
+
+/// What [`WorkingSet::record_with`] tells of a chunk of a sample.
+pub(super) enum Step<'a> {
+    /// It will be taken in soon: a chance to ask for its state.
+    Expect { chunk: usize, places: &'a Places },
+    /// It is taken in now. `places` are those of its dirty pages, `ages` those of before.
+    TakeIn { chunk: usize, places: &'a Places, ages: &'a AgeChunk },
+}
+
+/// The chunks of a sample on their way into a working set.
+struct TakeIn<'a, F> {
+    working_set: &'a mut WorkingSet,
+    dirty: &'a PageSet,
+    observe: F,
+}
+
+impl<F: FnMut(Step)> Work for TakeIn<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self) {
+        let number = self.working_set.times.len() as u16;
+        let ahead = chunks_ahead(self.dirty);
+        let mut soon = self.dirty.occupied_chunks();
+        let mut now = self.dirty.occupied_chunks();
+        let mut expected = 0;
+        let mut taken = 0;
+        loop {
+            while expected <= taken + ahead {
+                let Some(chunk) = soon.next() else { break };
+                self.expect(chunk, expected % LISTS);
+                expected += 1;
+            }
+            let Some(chunk) = now.next() else { break };
+            self.take_in(chunk, taken % LISTS, number);
+            taken += 1;
+        }
+    }
+}
+
+impl<F: FnMut(Step)> TakeIn<'_, F> {
+    #[inline(always)]
+    fn expect(&mut self, chunk: usize, list: usize) {
+        let WorkingSet { chunks, lists, .. } = self.working_set;
+        let places = &mut lists[list];
+        places.list(self.dirty.chunk_words(chunk));
+        if places.len() <= SPARSE
+            && let Some(ages) = chunks.get(chunk)
+        {
+            places.iter().for_each(|place| prefetch(&ages.0[place]));
+        }
+        (self.observe)(Step::Expect { chunk, places });
+    }
+
+    #[inline(always)]
+    fn take_in(&mut self, chunk: usize, list: usize, number: u16) {
+        let WorkingSet { chunks, lists, counts, .. } = self.working_set;
+        let places = &lists[list];
+        let ages = chunks.get_or_insert(chunk, &NEVER_WRITTEN);
+        (self.observe)(Step::TakeIn { chunk, places, ages });
+        for place in places.iter() {
+            let last = std::mem::replace(&mut ages.0[place], number);
+            counts[usize::from(last)] -= 1;
+        }
+    }
+}
+
+/// How many of the chunks of a sample to look ahead, below [`LISTS`].
+fn chunks_ahead(dirty: &PageSet) -> usize {
+    let chunks = dirty.occupied_chunks().count() as u64;
+    (PAGES_AHEAD * chunks / dirty.len().max(1)).clamp(CHUNKS_AHEAD.0, CHUNKS_AHEAD.1) as usize
 }
 
 /// The number of samples told apart at one time.

@@ -8,30 +8,30 @@ use std::fs;
 /// The huge page that transparent huge pages come in on x86.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Asks the kernel to back what `table` has reserved with huge pages. Silent where there are none; a table smaller than
-/// two huge pages is left alone.
+/// Asks the kernel to back what `table` has reserved with huge pages. Silent where there are none, and
+/// for a table too small to hold one.
 pub fn ask_for<T>(table: &Vec<T>) {
-    let (start, len) = reserved(table);
-    let first = start.next_multiple_of(HUGE_PAGE);
-    let end = (start + len) / HUGE_PAGE * HUGE_PAGE;
-    if len < 2 * HUGE_PAGE || end <= first {
-        return;
+    if let Some((start, len)) = huge_part(table) {
+        // SAFETY: the range lies within one allocation of the caller's, and the advice leaves its contents alone.
+        unsafe { libc::madvise(start as *mut libc::c_void, len, libc::MADV_HUGEPAGE) };
     }
-    // SAFETY: the range lies within one allocation of the caller's, and the advice leaves its contents alone.
-    unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_HUGEPAGE) };
 }
 
-/// Bytes of the mapping that `table` lies in which are in huge pages now, at most what the table has reserved. Reads
-/// /proc/self/smaps; 0 if that cannot be read.
+/// Bytes of `table` that are in huge pages now, as the kernel reports it. Reads /proc/self/smaps; 0 if that cannot be
+/// read. Where a neighbour was advised too, the two are one mapping, and this is at most what the table has reserved.
 pub fn huge_bytes<T>(table: &Vec<T>) -> usize {
-    let (start, len) = reserved(table);
+    let Some((start, len)) = huge_part(table) else { return 0 };
     let smaps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
     anon_huge_bytes(&smaps, start).unwrap_or(0).min(len)
 }
 
-/// Address and size of a table, with what is reserved for it.
-fn reserved<T>(table: &Vec<T>) -> (usize, usize) {
-    (table.as_ptr().addr(), table.capacity() * size_of::<T>())
+/// Address and size of the part of a table, with what is reserved for it, that huge pages can back; none if that is less
+/// than one. Being advised, it is a mapping of its own.
+fn huge_part<T>(table: &Vec<T>) -> Option<(usize, usize)> {
+    let start = table.as_ptr().addr();
+    let end = (start + table.capacity() * size_of::<T>()) / HUGE_PAGE * HUGE_PAGE;
+    let start = start.next_multiple_of(HUGE_PAGE);
+    (end > start).then(|| (start, end - start))
 }
 
 /// How much of the mapping that holds `address` is in transparent huge pages, by the text of /proc/self/smaps.

@@ -1,19 +1,27 @@
 //! The machine's own instructions: code compiled a second time for what x86 has had since 2013 and chosen when it runs,
 //! and hints to the cache. The code itself stays safe and portable; only the choice is made here.
 
-/// Runs `work`, compiled for AVX2, POPCNT, BMI and LZCNT where the machine has them and for any machine otherwise. What
-/// `work` calls gains by it only where it is inlined, so the body belongs in an `#[inline(always)]` function.
-///
-/// Without it a `count_ones` is a dozen instructions. A line of a bitmap (512 bits) counted into a page set: see
-/// docs/forecast-speed.md.
+/// Something to be done fast. `run` has to be `#[inline(always)]`, and what it calls in its loops too, for only what is
+/// inlined is compiled for the instructions chosen. A closure would not do: it is called from two places, and so the
+/// compiler keeps it out of line and compiles it for any machine (seen on insert_bitmap: five times slower).
+pub trait Work {
+    /// What comes of it.
+    type Output;
+
+    /// Does it.
+    fn run(self) -> Self::Output;
+}
+
+/// Runs `work`, compiled for AVX2, POPCNT, BMI and LZCNT where the machine has them and for any machine otherwise.
+/// Without POPCNT a `count_ones` is a dozen instructions. docs/forecast-speed.md has what it gains.
 #[inline]
-pub fn at_best<R>(work: impl FnOnce() -> R) -> R {
+pub fn at_best<W: Work>(work: W) -> W::Output {
     #[cfg(target_arch = "x86_64")]
     if has_wide() {
         // SAFETY: the machine has the instructions that `wide` is compiled for, as was just found out.
         return unsafe { wide(work) };
     }
-    work()
+    work.run()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -28,8 +36,8 @@ fn has_wide() -> bool {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,popcnt,bmi1,bmi2,lzcnt")]
-fn wide<R>(work: impl FnOnce() -> R) -> R {
-    work()
+fn wide<W: Work>(work: W) -> W::Output {
+    work.run()
 }
 
 /// Asks for the cache line at `place`, which will be needed soon. A hint: it changes nothing that a program can see.
@@ -49,11 +57,22 @@ pub fn prefetch<T>(place: &T) {
 mod tests {
     use super::*;
 
+    #[derive(Clone, Copy)]
+    struct Count<'a>(&'a [u64]);
+
+    impl Work for Count<'_> {
+        type Output = u32;
+
+        #[inline(always)]
+        fn run(self) -> u32 {
+            self.0.iter().map(|word| word.count_ones()).sum()
+        }
+    }
+
     #[test]
     fn both_ways_give_the_same_result() {
         let words: Vec<u64> = (0..1000u64).map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect();
-        let count = || words.iter().map(|word| word.count_ones()).sum::<u32>();
-        assert_eq!(at_best(count), count());
+        assert_eq!(at_best(Count(&words)), Count(&words).run());
         prefetch(&words[0]);
     }
 }

@@ -1,0 +1,93 @@
+//! Memory is taken at the start: once an engine is made, no tick of any policy allocates.
+
+use pagecast::forecast::{Config, Engine, Link, Next, Peek, PolicyKind, Sample};
+use pagecast::page::Pfn;
+use pagecast::page_set::PageSet;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// The system's allocator, counting what is asked of it.
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps the promises that the system's allocator asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: as above, and `block` came from the system's allocator.
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+struct NoPeek;
+
+impl Peek for NoPeek {
+    fn peek(&mut self, _: Pfn, _: u64, _: &mut PageSet) {}
+}
+
+/// 1 GiB of guest.
+const NR_PAGES: u64 = 1 << 18;
+/// More than the numbers that there are for samples, so that samples are merged on the way.
+const TICKS: u64 = 400;
+
+fn allocations_of(kind: PolicyKind) -> u64 {
+    let interval = Duration::from_millis(50);
+    let config = Config {
+        nr_pages: NR_PAGES,
+        downtime_budget: Duration::from_millis(10),
+        sample_interval: interval,
+        max_time: Duration::from_secs(5),
+        fixed_downtime: Duration::ZERO,
+    };
+    let mut engine = Engine::new(kind, config);
+    let mut dirty = PageSet::empty(NR_PAGES);
+    let mut words = vec![0u64; NR_PAGES as usize / 64];
+    let mut out = Vec::with_capacity(4096);
+    let mut link = Link { pages_per_s: 40_000.0, in_flight: 0, sent: 0 };
+
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    for tick in 1..=TICKS {
+        // Scattered writes, and a run that moves.
+        words.fill(0);
+        (0..2000).for_each(|write: u64| {
+            let page = (write * 7919 + tick * 104_729) % NR_PAGES;
+            words[page as usize / 64] |= 1 << (page % 64);
+        });
+        let run = (tick as usize * 16) % (words.len() - 16);
+        words[run..run + 16].fill(u64::MAX);
+        dirty.clear();
+        dirty.insert_bitmap(&words);
+        let now = interval * tick as u32;
+        engine.on_sample(&Sample { at: now, dirty: &dirty });
+        engine.verdict(now, &link);
+        out.clear();
+        while out.len() < 2000 {
+            if engine.next_batch(now, 64, &link, &mut NoPeek, &mut out) != Next::Batch {
+                break;
+            }
+        }
+        link.sent += out.len() as u64;
+        out.iter().take(3).for_each(|pfn| engine.note_zero(*pfn));
+        engine.deferred();
+    }
+    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    assert!(link.sent > NR_PAGES / 2, "{kind}: it was at work");
+    allocations
+}
+
+#[test]
+fn no_tick_of_any_policy_allocates() {
+    for kind in PolicyKind::ALL {
+        assert_eq!(allocations_of(kind), 0, "{kind}");
+    }
+}
