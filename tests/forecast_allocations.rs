@@ -1,6 +1,6 @@
 //! Memory is taken at the start: once an engine is made, no tick of any policy allocates.
 
-use pagecast::forecast::{Config, Engine, Link, Next, Peek, PolicyKind, Sample};
+use pagecast::forecast::{Config, Engine, Link, Next, OnNoConvergence, Peek, PolicyKind, Sample};
 use pagecast::page::Pfn;
 use pagecast::page_set::PageSet;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -48,6 +48,7 @@ fn allocations_of(kind: PolicyKind) -> u64 {
         sample_interval: interval,
         max_time: Duration::from_secs(5),
         fixed_downtime: Duration::ZERO,
+        on_no_convergence: OnNoConvergence::Stop,
     };
     let mut engine = Engine::new(kind, config);
     let mut dirty = PageSet::empty(NR_PAGES);

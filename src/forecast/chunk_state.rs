@@ -4,7 +4,7 @@
 //! it in integers, so that every machine decides alike.
 
 use super::ar::Activity;
-use super::log2::{exp2_neg_q30, in_units_q8, log2_q4};
+use super::log2::{exp2_neg_q30, in_units_q8};
 use crate::page_set::CHUNK_WORDS;
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ pub(super) struct ChunkState {
     pub activity: Fading,
     /// The forecast of the same.
     pub forecast: Activity,
-    /// When the latest sample with a write was taken, in 256ths of a unit; 0, the start, for none.
+    /// When the latest sample with a write was taken, in 256ths of a unit.
     written_at_q8: u32,
 }
 const _: () = assert!(size_of::<ChunkState>() == 128);
@@ -38,12 +38,6 @@ impl ChunkState {
         if self.written_at_q8 != fade.now_q8 {
             self.forecast.observe(0, fade.gained_q16);
         }
-    }
-
-    /// log2 of one unit plus the time since the latest sample with a write, or since the start.
-    #[inline]
-    pub(super) fn log2_rest(&self, fade: &Fade) -> i32 {
-        log2_q4(256 + u64::from(fade.now_q8.saturating_sub(self.written_at_q8)))
     }
 }
 

@@ -72,19 +72,17 @@ pub enum PolicyKind {
     Paper,
     /// Rank by age, write count and activity of the 2 MiB chunk.
     Heat,
-    /// `heat` and all of [`Terms`]: the AR forecast of the chunk's activity, its rest, fronts.
+    /// `heat` and all of [`Terms`]: the AR forecast of the chunk's activity, fronts, neighbours.
     Ar,
     /// `heat` and some of them, to find out what each adds.
     HeatWith(Terms),
 }
 
 /// Between `heat` and `ar`: each term by itself, and all but one.
-const ABLATIONS: [(&str, Terms); 8] = [
-    ("heat+rest", Terms::REST),
+const ABLATIONS: [(&str, Terms); 6] = [
     ("heat+activity", Terms::ACTIVITY),
     ("heat+fronts", Terms::FRONTS),
     ("heat+neighbours", Terms::NEIGHBOURS),
-    ("ar-rest", Terms::all().difference(Terms::REST)),
     ("ar-activity", Terms::all().difference(Terms::ACTIVITY)),
     ("ar-fronts", Terms::all().difference(Terms::FRONTS)),
     ("ar-neighbours", Terms::all().difference(Terms::NEIGHBOURS)),

@@ -47,27 +47,23 @@ bitflags! {
     /// What a rank is made of, besides age, write count and activity of the chunk, which are `heat`.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct Terms: u8 {
-        /// How long the whole chunk has rested.
-        const REST = 1;
         /// The activity of the chunk as an AR(1) forecasts it, instead of its mean.
-        const ACTIVITY = 1 << 1;
+        const ACTIVITY = 1;
         /// Pages that a front is about to reach are held back.
-        const FRONTS = 1 << 2;
+        const FRONTS = 1 << 1;
         /// How active the chunks near by are: where there is writing, more will come.
-        const NEIGHBOURS = 1 << 3;
+        const NEIGHBOURS = 1 << 2;
     }
 }
 
-/// The activity of the chunk counts with the inverse of this,
+/// The activity of the chunk counts with the inverse of this.
 const ACTIVITY_DIVISOR: i32 = 4;
-/// and its rest with the inverse of this.
-const REST_DIVISOR: i32 = 2;
 /// The activity of the chunks near by counts with the inverse of this: hardly more than to tell apart chunks of which else
 /// nothing is known. On recorded traces anything from 1/50 to 1/4 did as well.
 const NEIGHBOURS_DIVISOR: i32 = 16;
 /// A chunk's activity counts for its neighbours with a weight that falls by the inverse of two to this with each step.
 const NEIGHBOURS_SHIFT: u32 = 3;
-/// Without [`Terms::REST`] a page never written ranks as if it had rested for this much longer than it has been watched.
+/// A page never written ranks as if it had rested for this much longer than it has been watched.
 const HEAD_START: Duration = Duration::from_secs(1);
 
 /// Times that ranks depend on, as of the latest sample.
@@ -98,11 +94,11 @@ struct Scratch {
 /// A policy that ranks pages. A page written `n` times ranks by
 ///
 /// ```text
-/// log2(age) - log2(1 + n) - 1/4 activity [+ 1/2 log2(rest) - 1/16 activity near by]
+/// log2(age) - log2(1 + n) - 1/4 activity [- 1/16 activity near by]
 /// ```
 ///
-/// with `activity` the log of one plus the pages of its chunk that are written per unit, and `rest` the time since any of them
-/// was; a page never written has the time since the start for its age. The rest is by [`Terms`].
+/// with `activity` the log of one plus the pages of its chunk that are written per unit; a page never written has the time
+/// since the start and a second for its age. What is beyond that is by [`Terms`].
 pub(super) struct Ranked {
     config: Config,
     terms: Terms,
@@ -190,9 +186,6 @@ impl Ranked {
 
     /// What stands for the age of a page that was never written.
     fn log2_age_never_written(&self) -> i32 {
-        if self.terms.contains(Terms::REST) {
-            return self.clock.log2_since_start;
-        }
         log2_q4(in_units_q8(self.clock.since_start + HEAD_START, self.clock.unit))
     }
 
@@ -219,13 +212,9 @@ impl Ranked {
     /// What the state of a chunk, and what lies around it, say of its pages: to be added to their ranks, in buckets.
     #[inline(always)]
     fn shift(&self, chunk: usize, state: &ChunkState) -> i32 {
-        let rest = if self.terms.contains(Terms::REST) { state.log2_rest(&self.fade) } else { 0 };
-        let own = rest * BUCKETS_IN_A_RANK / REST_DIVISOR
-            - self.activity_q4(state) * BUCKETS_IN_A_RANK / ACTIVITY_DIVISOR;
-        own - self
-            .nearby_q8
-            .get(chunk)
-            .map_or(0, |nearby| nearby * BUCKETS_IN_A_RANK / NEIGHBOURS_DIVISOR / 16)
+        let nearby_q8 = self.nearby_q8.get(chunk).copied().unwrap_or(0);
+        let nearby = nearby_q8 * BUCKETS_IN_A_RANK / NEIGHBOURS_DIVISOR / 16;
+        -(self.activity_q4(state) * BUCKETS_IN_A_RANK / ACTIVITY_DIVISOR + nearby)
     }
 
     /// Sets `nearby_q8` to the activity around each chunk: an exponential mean of that to the left, without the chunk itself,
