@@ -281,3 +281,30 @@ fn what_cannot_be_replayed_is_said_in_one_line() {
         assert!(said.contains(says) && said.trim_end().lines().count() == 1, "{arguments:?}: {said}");
     }
 }
+
+/// What `perf/policies test` shows, as far as it is to stay so: replays do not depend on the machine.
+#[test]
+fn on_the_test_half_ar_is_ahead_of_heat_and_heat_of_xen_skip() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("traces/test");
+    let traces: Vec<String> = std::fs::read_dir(&folder)
+        .expect("the traces are part of the repository")
+        .map(|entry| path_text(&entry.expect("a folder can be read").path()).to_owned())
+        .filter(|path| path.ends_with(".pct.zst"))
+        .collect();
+    assert!(traces.len() >= 7, "{traces:?}");
+    let mut arguments = vec!["replay"];
+    arguments.extend(traces.iter().map(String::as_str));
+    arguments.extend("--base 1.5s,3s,6s --starts 1/8,3/8,5/8 --budget 300ms --shuffle none,1".split(' '));
+    arguments.extend("--policy xen-skip,heat,ar --json --summary".split(' '));
+    let lines = lines(&arguments);
+    let summary = lines.last().and_then(|line| line["summary"].as_array()).expect("the last line is the summary");
+    let figure = |policy: usize, group: &str, name: &str| summary[policy][group][name].as_f64().expect("a figure");
+    let tractable = |policy| figure(policy, "tractable", "tmt_over_t_star");
+    assert!(tractable(2) < tractable(1) && tractable(1) < tractable(0), "{summary:?}");
+    assert!(tractable(2) <= 1.135 && figure(2, "tractable", "rho") <= 1.137, "{summary:?}");
+    assert!(figure(2, "feasible", "tmt_over_t_star") <= 1.175, "{summary:?}");
+    let pairs = figure(2, "tractable", "pairs");
+    assert_eq!(figure(2, "tractable", "within_budget"), pairs, "every tractable pair is within the budget");
+    assert!(figure(2, "infeasible", "rho_max") <= 2.2, "{summary:?}");
+    assert!(figure(2, "infeasible", "downtime_over_xen") < 1.0, "{summary:?}");
+}
