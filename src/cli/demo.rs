@@ -129,7 +129,7 @@ fn introduce(arguments: &DemoArguments, settings: &Settings, first: bool) {
             ));
         }
         console::say(format_args!(
-            "limits: {} slots of {} KiB and rings of {} batches of {} pages a lane; forecast state 8 bytes a written page",
+            "limits: {} slots of {} KiB and rings of {} batches of {} pages a lane; forecast state 3 bytes a page of chunks that were written",
             settings.slots,
             lanes::slot_bytes() / 1024,
             lanes::BATCH_RING,

@@ -297,8 +297,10 @@ fn on_the_test_half_ar_is_ahead_of_heat_and_heat_of_xen_skip() {
     arguments.extend("--base 1.5s,3s,6s --starts 1/8,3/8,5/8 --budget 300ms --shuffle none,1".split(' '));
     arguments.extend("--policy xen-skip,heat,ar --json --summary".split(' '));
     let lines = lines(&arguments);
-    let summary = lines.last().and_then(|line| line["summary"].as_array()).expect("the last line is the summary");
-    let figure = |policy: usize, group: &str, name: &str| summary[policy][group][name].as_f64().expect("a figure");
+    let summary =
+        lines.last().and_then(|line| line["summary"].as_array()).expect("the last line is the summary");
+    let figure =
+        |policy: usize, group: &str, name: &str| summary[policy][group][name].as_f64().expect("a figure");
     let tractable = |policy| figure(policy, "tractable", "tmt_over_t_star");
     assert!(tractable(2) < tractable(1) && tractable(1) < tractable(0), "{summary:?}");
     assert!(tractable(2) <= 1.135 && figure(2, "tractable", "rho") <= 1.137, "{summary:?}");
