@@ -313,6 +313,54 @@ mod tests {
         assert_eq!(bench.judge(1000, 740, 1201), Some(StopReason::NoBetterBacklog));
     }
 
+    /// A second in which `dirty` pages are written in each sample: the bound is then 50 less; with 400 near the budget of 300.
+    /// The backlog comes down by `fall` a sample, to `fall` above `backlog`.
+    fn after_a_second(dirty: u64, backlog: u64, fall: u64) -> Bench {
+        let mut bench = Bench::new();
+        for step in 0..20 {
+            assert_eq!(bench.judge(dirty, (backlog + fall * (20 - step)).min(1000), 0), None);
+        }
+        bench
+    }
+
+    #[test]
+    fn a_backlog_that_no_longer_falls_is_taken_near_its_least() {
+        let mut bench = after_a_second(400, 410, 0);
+        assert_eq!(bench.judge(400, 410, 1150), None, "the memory was not sent 1.15 times");
+        assert_eq!(bench.judge(400, 431, 1151), None, "it has been lower by more than 5 %");
+        assert_eq!(bench.judge(400, 430, 1151), Some(StopReason::NoProgress));
+    }
+
+    #[test]
+    fn a_backlog_that_will_be_within_the_budget_before_the_cap_is_waited_for() {
+        let mut bench = after_a_second(400, 700, 60);
+        for step in 0..6 {
+            assert_eq!(bench.judge(400, 700 - 60 * step, 1151), None, "400 to go at 1200/s; step {step}");
+        }
+        let mut bench = after_a_second(400, 700, 40);
+        let verdict = bench.judge(400, 700, 1151);
+        assert_eq!(verdict, Some(StopReason::NoProgress), "400 to go at 800/s, and the cap is 0.349 s away");
+    }
+
+    #[test]
+    fn a_phase_in_which_nobody_could_stop_is_waited_out() {
+        let mut bench = after_a_second(650, 700, 0);
+        for _ in 0..30 {
+            assert_eq!(bench.judge(650, 700, 1151), None, "a bound of 600 is twice the budget");
+        }
+    }
+
+    #[test]
+    fn near_the_deadline_the_least_backlog_is_taken() {
+        let mut bench = Bench::new();
+        bench.rule.config.max_time = Duration::from_secs(1);
+        for step in 1..=10 {
+            assert_eq!(bench.judge(1000, 400 + step, 1001), None, "half a base time is left");
+        }
+        assert_eq!(bench.judge(1000, 402, 1001), None, "it has been lower");
+        assert_eq!(bench.judge(1000, 401, 1001), Some(StopReason::NoBetterBacklog));
+    }
+
     #[test]
     fn one_sample_within_reach_starts_the_clock_again() {
         let mut bench = Bench::new();
