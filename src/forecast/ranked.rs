@@ -556,6 +556,7 @@ impl Policy for Ranked {
             + size_of_val(&*self.scratch.chunks)
             + self.scratch.looked_at.capacity() * size_of::<u32>()
             + size_of_val(&*self.log2_ages)
+            + size_of_val(&*self.nearby_q8)
     }
 
     fn huge_bytes(&self) -> usize {
