@@ -152,8 +152,7 @@ impl Tracker {
     }
 
     fn take(&mut self, how: How, found: &mut dyn FnMut(&Seen)) -> Result<Found, TrackingError> {
-        let ended = self.mind_the_living()?;
-        self.adopt_children();
+        let ended = self.mind_the_living()? | self.adopt_children();
         for process in &mut self.processes {
             let listed = areas::list(process.attachment.pid, &self.choice.wanted, &mut self.text);
             // One that has just ended has no mappings; the next round will see that it is gone.
@@ -225,10 +224,13 @@ impl Tracker {
         Ok(ended)
     }
 
-    /// Attaches to descendants that are not attached to yet. Those that cannot be are counted and left alone.
-    fn adopt_children(&mut self) {
+    /// Attaches to descendants that are not attached to yet. Those that cannot be are counted and left alone. True: there is
+    /// one that has ended before it could be attached to, or that could not be now: nothing tells what it wrote. A parent
+    /// that is stopped takes no note of the end of its children, so that its own count does not tell either.
+    fn adopt_children(&mut self) -> bool {
+        let mut ended = false;
         if !self.choice.children {
-            return;
+            return ended;
         }
         let known: HashSet<i32> = self.pids().collect();
         let mut seen = known.clone();
@@ -239,14 +241,22 @@ impl Tracker {
                     continue;
                 }
                 ask.push(child);
-                let Ok(stat) = Stat::of(child) else { continue };
-                if stat.has_ended() || self.refused.get(&(child, stat.start_ticks)) == Some(&ATTEMPTS) {
+                let Ok(stat) = Stat::of(child) else {
+                    ended = true;
+                    continue;
+                };
+                if stat.has_ended() {
+                    ended |= self.refused.insert((child, stat.start_ticks), ATTEMPTS) != Some(ATTEMPTS);
+                    continue;
+                }
+                if self.refused.get(&(child, stat.start_ticks)) == Some(&ATTEMPTS) {
                     continue;
                 }
                 match Attachment::at_once(child) {
                     Ok(attachment) => self.add(attachment),
                     // It may just be ending, or becoming another program: the next rounds will tell.
                     Err(_) => {
+                        ended = true;
                         let failures = self.refused.entry((child, stat.start_ticks)).or_insert(0);
                         *failures += 1;
                         self.toll.not_attached += u64::from(*failures == ATTEMPTS);
@@ -254,6 +264,7 @@ impl Tracker {
                 }
             }
         }
+        ended
     }
 }
 
