@@ -67,8 +67,8 @@ pub struct Toll {
 pub struct Found {
     /// Processes still there.
     pub alive: usize,
-    /// Since the round before a process has ended, or a child of one that may never have been seen. What it wrote last to
-    /// memory that it shared with others is not told.
+    /// Since the round before a process has ended, or a child of one that may never have been seen, or a process has given up
+    /// a mapping of shared memory. What was written last to memory shared with others is not told.
     pub ended: bool,
 }
 
@@ -152,12 +152,12 @@ impl Tracker {
     }
 
     fn take(&mut self, how: How, found: &mut dyn FnMut(&Seen)) -> Result<Found, TrackingError> {
-        let ended = self.mind_the_living()? | self.adopt_children();
+        let mut ended = self.mind_the_living()? | self.adopt_children();
         for process in &mut self.processes {
             let listed = areas::list(process.attachment.pid, &self.choice.wanted, &mut self.text);
             // One that has just ended has no mappings; the next round will see that it is gone.
             let listed = listed.unwrap_or_default();
-            process.follow(listed, &mut self.toll);
+            ended |= process.follow(listed, &mut self.toll);
             process.take(how, &mut self.ids, found)?;
         }
         Ok(Found { alive: self.processes.len(), ended })
@@ -302,8 +302,9 @@ struct Part {
 }
 
 impl Process {
-    /// Takes note of the areas that there are now, and registers the new ones.
-    fn follow(&mut self, listed: Vec<Area>, toll: &mut Toll) {
+    /// Takes note of the areas that there are now, and registers the new ones. True: shared memory is no longer mapped where
+    /// it was, and with the mapping went the knowledge of what was written through it last.
+    fn follow(&mut self, listed: Vec<Area>, toll: &mut Toll) -> bool {
         let mut before = std::mem::take(&mut self.areas);
         for area in listed {
             let start = area.range.start;
@@ -315,6 +316,7 @@ impl Process {
             };
             self.areas.insert(start, tracked);
         }
+        before.values().any(|gone| gone.area.backing != Backing::Private)
     }
 
     /// Tells what its page map says.
