@@ -13,6 +13,11 @@ pub const CHUNK_PAGES: usize = 512;
 pub struct Pfn(pub u64);
 
 impl Pfn {
+    /// The first page of a 2 MiB chunk.
+    pub fn first_of(chunk: usize) -> Self {
+        Pfn((chunk * CHUNK_PAGES) as u64)
+    }
+
     /// The 2 MiB chunk this page lies in.
     pub fn chunk(self) -> usize {
         (self.0 / CHUNK_PAGES as u64) as usize

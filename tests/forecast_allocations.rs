@@ -44,6 +44,7 @@ fn allocations_of(kind: PolicyKind) -> u64 {
     let interval = Duration::from_millis(50);
     let config = Config {
         nr_pages: NR_PAGES,
+        pages: NR_PAGES,
         downtime_budget: Duration::from_millis(10),
         sample_interval: interval,
         max_time: Duration::from_secs(5),

@@ -93,6 +93,7 @@ impl Guest {
     pub fn new(policy: PolicyKind, regime: Regime, share: f64, mut on_warm_up: impl FnMut(&PageSet)) -> Self {
         let config = Config {
             nr_pages: NR_PAGES,
+            pages: NR_PAGES,
             downtime_budget: Duration::from_millis(300),
             sample_interval: INTERVAL,
             max_time: Duration::from_secs(120),

@@ -148,6 +148,7 @@ impl MigrationOptions {
             max_time: self.max_time,
             on_no_convergence: self.on_no_convergence,
             sample_interval: self.sample,
+            sample_share: None,
             bandwidth: self.bandwidth.0,
             send: self.send,
             lanes,

@@ -44,7 +44,7 @@ struct Recorded {
 /// The hull at each sample, up to a number of samples fixed at the start; later samples only count for the
 /// bound of the moment.
 pub(super) struct Bounds {
-    nr_pages: u64,
+    pages: u64,
     max_samples: usize,
     samples: Vec<Recorded>,
     corners: Vec<Corner>,
@@ -55,15 +55,15 @@ pub(super) struct Bounds {
 }
 
 impl Bounds {
-    pub(super) fn new(nr_pages: u64, max_samples: usize) -> Self {
+    pub(super) fn new(pages: u64, max_samples: usize) -> Self {
         Bounds {
-            nr_pages,
+            pages,
             max_samples,
             samples: Vec::with_capacity(max_samples),
             corners: Vec::with_capacity(max_samples * MAX_CORNERS),
             latest: Vec::with_capacity(MAX_CORNERS),
             latest_at: Duration::ZERO,
-            latest_unwritten: nr_pages,
+            latest_unwritten: pages,
             scratch: Vec::with_capacity(max_samples + 1),
         }
     }
@@ -96,7 +96,7 @@ impl Bounds {
 
     /// The backlog, in pages, below which no policy could be if the guest stopped at `now`.
     pub(super) fn now(&self, now: Duration, pages_per_s: f64, zero_unwritten: u64) -> u64 {
-        let needed = self.nr_pages - zero_unwritten.min(self.latest_unwritten);
+        let needed = self.pages - zero_unwritten.min(self.latest_unwritten);
         let elapsed_s = now.saturating_sub(self.latest_at).as_secs_f64();
         let written = least_backlog(&self.latest, pages_per_s, elapsed_s);
         let all = needed as f64 - pages_per_s * now.max(self.latest_at).as_secs_f64();
@@ -112,7 +112,7 @@ impl Bounds {
         self.samples.iter().find_map(|sample| {
             let corners = &self.corners[first_corner..sample.corners_end as usize];
             first_corner = sample.corners_end as usize;
-            let needed = self.nr_pages - zero_unwritten.min(sample.unwritten);
+            let needed = self.pages - zero_unwritten.min(sample.unwritten);
             let all = needed as f64 - pages_per_s * sample.at.as_secs_f64();
             let backlog = least_backlog(corners, pages_per_s, 0.0).max(all);
             (backlog <= budget.as_secs_f64() * pages_per_s).then(|| TStar {

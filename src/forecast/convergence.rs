@@ -113,14 +113,14 @@ impl Convergence {
         Convergence {
             config,
             samples: 0,
-            pages: config.nr_pages,
+            pages: config.pages,
             sent: 0,
             pages_per_s: 0.0,
-            bound: config.nr_pages,
-            least_bound: config.nr_pages,
-            backlog: config.nr_pages,
-            least_backlog: config.nr_pages,
-            least_unthrottled_backlog: config.nr_pages,
+            bound: config.pages,
+            least_bound: config.pages,
+            backlog: config.pages,
+            least_backlog: config.pages,
+            least_unthrottled_backlog: config.pages,
             out_of_reach: None,
             established_at: None,
             throttle_steps: Vec::new(),
@@ -135,7 +135,7 @@ impl Convergence {
             return;
         }
         self.samples = view.working_set.samples_taken();
-        self.pages = view.pending.nr_pages() - view.working_set.zero_unwritten();
+        self.pages = self.config.pages.saturating_sub(view.working_set.zero_unwritten());
         self.sent = view.link.sent;
         self.pages_per_s = view.link.pages_per_s;
         self.bound = view.working_set.bound(view.now, view.link.pages_per_s);

@@ -23,13 +23,20 @@ pub struct Engine {
 
 impl Engine {
     /// An engine at the start of dirty logging: every page is pending and none was ever written. All memory but
-    /// the state of chunks is taken here.
+    /// the state of chunks is taken here. Panics if there are holes.
     pub fn new(kind: PolicyKind, config: Config) -> Self {
+        Self::sparse(kind, config, PageSet::full(config.nr_pages))
+    }
+
+    /// An engine for a guest whose page-number space has holes: only the pages of `populated` are pending. A page that a
+    /// sample names is taken to be there from then on. Panics if the set does not fit `config`.
+    pub fn sparse(kind: PolicyKind, config: Config, populated: PageSet) -> Self {
+        assert_eq!((config.nr_pages, config.pages), (populated.nr_pages(), populated.len()));
         Engine {
             config,
-            pending: PageSet::full(config.nr_pages),
+            policy: kind.build(&config, &populated),
+            pending: populated,
             working_set: WorkingSet::new(&config),
-            policy: kind.build(&config),
             convergence: Convergence::new(config),
         }
     }
@@ -96,6 +103,11 @@ impl Engine {
     /// How far the budget is and was away, and what was decided.
     pub fn convergence(&self) -> &Convergence {
         &self.convergence
+    }
+
+    /// Pages that there were at the start.
+    pub fn pages(&self) -> u64 {
+        self.config.pages
     }
 
     /// Pages that have to be sent again or for the first time.

@@ -2,10 +2,11 @@
 
 use super::StopReason;
 use super::rounds::Rounds;
+use crate::page_set::PageSet;
 
 /// `DEF_MAX_ITERS`.
 const MAX_ITERATIONS: u32 = 29;
-/// `DEF_MAX_FACTOR`: pages sent, in multiples of the page-number space.
+/// `DEF_MAX_FACTOR`: pages sent, in multiples of the guest's. (There the page-number space counts, with its holes.)
 const MAX_FACTOR: u64 = 3;
 /// Fewer pages than this, sent or skipped, make the next iteration the last.
 const FEW_PAGES: u64 = 50;
@@ -18,18 +19,18 @@ pub(super) struct LegacyLoop {
     pub sent_this_iteration: u64,
     pub skipped_this_iteration: u64,
     total_sent: u64,
-    nr_pages: u64,
+    pages: u64,
 }
 
 impl LegacyLoop {
-    pub(super) fn new(nr_pages: u64) -> Self {
+    pub(super) fn new(populated: &PageSet) -> Self {
         LegacyLoop {
-            rounds: Rounds::new(nr_pages),
+            rounds: Rounds::new(populated),
             iteration: 1,
             sent_this_iteration: 0,
             skipped_this_iteration: 0,
             total_sent: 0,
-            nr_pages,
+            pages: populated.len(),
         }
     }
 
@@ -41,7 +42,7 @@ impl LegacyLoop {
         } else if self.sent_this_iteration + self.skipped_this_iteration < FEW_PAGES {
             Some(StopReason::FewDirty)
         } else {
-            (self.total_sent > self.nr_pages * MAX_FACTOR).then_some(StopReason::MaxFactor)
+            (self.total_sent > self.pages * MAX_FACTOR).then_some(StopReason::MaxFactor)
         };
         self.rounds.end(stop)
     }

@@ -67,8 +67,10 @@ pub trait Peek {
 /// What a forecast has to know before it starts.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// Size of the page-number space; every page of it is pending at the start.
+    /// Size of the page-number space.
     pub nr_pages: u64,
+    /// Pages that there are in it, all pending at the start: `nr_pages` where there are no holes.
+    pub pages: u64,
     /// How long the guest may stand still.
     pub downtime_budget: Duration,
     /// Time between two samples of the dirty log.
@@ -161,6 +163,8 @@ pub enum StopReason {
     OutOfReach,
     /// The time limit.
     MaxTime,
+    /// There was no pre-copy.
+    NotLive,
 }
 
 impl fmt::Display for StopReason {
@@ -175,6 +179,7 @@ impl fmt::Display for StopReason {
             StopReason::NoBetterBacklog => "the budget is out of reach and the backlog is at its lowest",
             StopReason::OutOfReach => "the budget is out of reach, whatever the order of sending",
             StopReason::MaxTime => "the time limit was reached",
+            StopReason::NotLive => "the guest was suspended from the start",
         })
     }
 }

@@ -42,12 +42,12 @@ pub(super) struct Paper {
 }
 
 impl Paper {
-    pub(super) fn new(nr_pages: u64) -> Self {
-        let held_back = PageSet::empty(nr_pages);
+    pub(super) fn new(populated: &PageSet) -> Self {
+        let held_back = PageSet::empty(populated.nr_pages());
         let mut round_starts = Vec::with_capacity(MAX_ROUNDS);
         round_starts.push(0.0);
         Paper {
-            legacy: LegacyLoop::new(nr_pages),
+            legacy: LegacyLoop::new(populated),
             histories: Chunks::new(held_back.nr_chunks()),
             round_starts,
             held_back,

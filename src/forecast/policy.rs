@@ -108,11 +108,12 @@ impl PolicyKind {
         }
     }
 
-    pub(super) fn build(self, config: &Config) -> Box<dyn Policy> {
+    /// The policy at the start, with the pages of `populated` to be sent.
+    pub(super) fn build(self, config: &Config, populated: &PageSet) -> Box<dyn Policy> {
         match self {
-            PolicyKind::Xen => Box::new(Xen::new(config.nr_pages)),
-            PolicyKind::XenSkip => Box::new(XenSkip::new(config.nr_pages)),
-            PolicyKind::Paper => Box::new(Paper::new(config.nr_pages)),
+            PolicyKind::Xen => Box::new(Xen::new(populated)),
+            PolicyKind::XenSkip => Box::new(XenSkip::new(populated)),
+            PolicyKind::Paper => Box::new(Paper::new(populated)),
             PolicyKind::Heat => Box::new(Ranked::new(*config, Terms::empty())),
             PolicyKind::Ar => Box::new(Ranked::new(*config, Terms::all())),
             PolicyKind::HeatWith(terms) => Box::new(Ranked::new(*config, terms)),

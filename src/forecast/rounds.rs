@@ -21,11 +21,11 @@ pub(super) struct Rounds {
 }
 
 impl Rounds {
-    /// The first round sends everything.
-    pub(super) fn new(nr_pages: u64) -> Self {
+    /// The first round sends all of `populated`.
+    pub(super) fn new(populated: &PageSet) -> Self {
         Rounds {
-            to_send: PageSet::full(nr_pages),
-            log: PageSet::empty(nr_pages),
+            to_send: populated.clone(),
+            log: PageSet::empty(populated.nr_pages()),
             cursor: Pfn(0),
             ended: false,
             stop: None,

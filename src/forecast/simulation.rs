@@ -18,6 +18,7 @@ const PARTS: usize = 5;
 pub(super) fn config(nr_pages: u64) -> Config {
     Config {
         nr_pages,
+        pages: nr_pages,
         downtime_budget: Duration::from_millis(300),
         sample_interval: INTERVAL,
         max_time: Duration::from_secs(600),

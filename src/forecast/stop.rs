@@ -100,6 +100,8 @@ impl Progress {
 pub(super) struct StopRule {
     config: Config,
     samples_judged: u64,
+    /// When the latest sample that was judged was taken.
+    judged_at: Duration,
     out_of_reach_since: Option<Duration>,
     hopeless: bool,
     least_backlog: Option<u64>,
@@ -115,6 +117,7 @@ impl StopRule {
         StopRule {
             config,
             samples_judged: 0,
+            judged_at: Duration::ZERO,
             out_of_reach_since: None,
             hopeless: false,
             least_backlog: None,
@@ -138,10 +141,12 @@ impl StopRule {
         }
         self.samples_judged = view.working_set.samples_taken();
         let backlog = view.pending.len() + view.link.in_flight;
-        let pages = view.pending.nr_pages() - view.working_set.zero_unwritten();
+        let pages = self.config.pages.saturating_sub(view.working_set.zero_unwritten());
         let base_s = pages as f64 / pages_per_s;
 
-        let interval_s = self.config.sample_interval.as_secs_f64();
+        let taken_at = view.working_set.last_sample_at();
+        let interval_s = taken_at.saturating_sub(self.judged_at).as_secs_f64();
+        self.judged_at = taken_at;
         let growth = self.last_backlog.map_or(0, |last| backlog.saturating_sub(last));
         self.rise = (self.rise * (1.0 - interval_s / base_s).max(0.0)).max(growth as f64);
         self.last_backlog = Some(backlog);

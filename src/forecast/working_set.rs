@@ -52,15 +52,15 @@ pub struct WorkingSet {
 impl WorkingSet {
     /// No page was ever written.
     pub fn new(config: &Config) -> Self {
-        Self::with_room_for(config.nr_pages, max_samples(config))
+        Self::with_room_for(config.nr_pages, config.pages, max_samples(config))
     }
 
-    fn with_room_for(nr_pages: u64, max_samples: usize) -> Self {
+    fn with_room_for(nr_pages: u64, pages: u64, max_samples: usize) -> Self {
         assert!(max_samples.is_multiple_of(2) && (2..=MAX_SAMPLES).contains(&max_samples));
         let mut times = Vec::with_capacity(max_samples + 1);
         let mut counts = Vec::with_capacity(max_samples + 1);
         times.push(Duration::ZERO);
-        counts.push(nr_pages);
+        counts.push(pages);
         WorkingSet {
             nr_pages,
             max_samples,
@@ -69,7 +69,7 @@ impl WorkingSet {
             counts,
             samples_taken: 0,
             zero_unwritten: 0,
-            bounds: Bounds::new(nr_pages, max_samples),
+            bounds: Bounds::new(pages, max_samples),
             lists: vec![Places::NONE; LISTS],
         }
     }
@@ -243,7 +243,8 @@ impl<F: FnMut(Step)> TakeIn<'_, F> {
         (self.observe)(Step::TakeIn { chunk, places, ages });
         for place in places.iter() {
             let last = std::mem::replace(&mut ages.0[place], number);
-            counts[usize::from(last)] -= 1;
+            // A page that was a hole at the start is one more than were counted.
+            counts[usize::from(last)] = counts[usize::from(last)].saturating_sub(1);
         }
     }
 }
@@ -293,7 +294,7 @@ mod tests {
             zero in 0u64..60,
         ) {
             let nr_pages = 60;
-            let mut working_set = WorkingSet::with_room_for(nr_pages, 64);
+            let mut working_set = WorkingSet::with_room_for(nr_pages, nr_pages, 64);
             let mut releases = vec![None; nr_pages as usize];
             let budget = Duration::from_millis(budget_ms);
             let (mut at_ms, mut expected) = (0, None);
@@ -324,8 +325,8 @@ mod tests {
             steps in proptest::collection::vec(proptest::collection::vec(0u64..60, 0..20), 1..200),
             pages_per_s in 1.0f64..500.0,
         ) {
-            let mut exact = WorkingSet::with_room_for(60, 1024);
-            let mut merged = WorkingSet::with_room_for(60, 8);
+            let mut exact = WorkingSet::with_room_for(60, 60, 1024);
+            let mut merged = WorkingSet::with_room_for(60, 60, 8);
             for (step, dirty) in steps.into_iter().enumerate() {
                 let at_ms = 50 * (step as u64 + 1);
                 sample(&mut exact, at_ms, dirty.iter().copied());
@@ -346,7 +347,7 @@ mod tests {
 
     #[test]
     fn a_zero_page_counts_until_it_is_noted_and_only_if_it_was_never_written() {
-        let mut working_set = WorkingSet::with_room_for(100, 64);
+        let mut working_set = WorkingSet::with_room_for(100, 100, 64);
         sample(&mut working_set, 10, [5]);
         let now = Duration::from_millis(10);
         assert_eq!(working_set.bound(now, 100.0), 99);
@@ -360,7 +361,7 @@ mod tests {
 
     #[test]
     fn before_the_first_sample_the_bound_is_what_the_link_could_not_carry() {
-        let working_set = WorkingSet::with_room_for(100, 64);
+        let working_set = WorkingSet::with_room_for(100, 100, 64);
         assert_eq!(working_set.bound(Duration::from_millis(500), 100.0), 50);
         assert_eq!(working_set.bound(Duration::from_secs(5), 100.0), 0);
         assert_eq!(working_set.t_star(100.0, Duration::from_secs(1), 0), None);
@@ -369,7 +370,8 @@ mod tests {
     #[test]
     fn memory_is_taken_for_written_chunks_only() {
         let nr_chunks = 1000;
-        let mut working_set = WorkingSet::with_room_for((nr_chunks * CHUNK_PAGES) as u64, 64);
+        let nr_pages = (nr_chunks * CHUNK_PAGES) as u64;
+        let mut working_set = WorkingSet::with_room_for(nr_pages, nr_pages, 64);
         let before = working_set.state_bytes();
         sample(&mut working_set, 10, [1, 2, 511]);
         let grown = working_set.state_bytes() - before;

@@ -24,8 +24,8 @@ pub(super) struct Xen {
 }
 
 impl Xen {
-    pub(super) fn new(nr_pages: u64) -> Self {
-        Xen { rounds: Rounds::new(nr_pages), iteration: 0, few_dirty: nr_pages < TARGET_DIRTY_COUNT }
+    pub(super) fn new(populated: &PageSet) -> Self {
+        Xen { rounds: Rounds::new(populated), iteration: 0, few_dirty: populated.len() < TARGET_DIRTY_COUNT }
     }
 }
 

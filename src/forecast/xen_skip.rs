@@ -24,8 +24,9 @@ pub(super) struct XenSkip {
 }
 
 impl XenSkip {
-    pub(super) fn new(nr_pages: u64) -> Self {
-        XenSkip { legacy: LegacyLoop::new(nr_pages), peeked: PageSet::empty(nr_pages), passed_over: 0 }
+    pub(super) fn new(populated: &PageSet) -> Self {
+        let peeked = PageSet::empty(populated.nr_pages());
+        XenSkip { legacy: LegacyLoop::new(populated), peeked, passed_over: 0 }
     }
 
     /// Looks at the next `count` candidates; returns how many there were.

@@ -1,7 +1,8 @@
 //! Where pages come from: the traits that the pipeline drives, and one folder for each kind of guest.
 //!
 //! A source guest splits into three parts, each owned by one thread: [`GuestControl`] (control), [`DirtyLog`]
-//! (scanner) and [`PageSource`] (mapper, one for each lane).
+//! (scanner) and [`PageSource`] (mapper, one for each lane). One that pagecast itself hands over to a pagecast at the
+//! other end is a [`MovableGuest`] besides.
 
 pub mod arena;
 pub mod process;
@@ -56,9 +57,9 @@ pub enum HandOver {
 pub trait GuestControl {
     /// Pages of guest memory, `0..nr_pages`.
     fn nr_pages(&self) -> u64;
-    /// Whether it could run at the destination; if not, it is memory without a machine, to be compared there and forgotten.
-    fn can_move(&self) -> bool {
-        true
+    /// The pages that there are now; by default all of `0..nr_pages`.
+    fn populated(&mut self) -> Result<PageSet, GuestError> {
+        Ok(PageSet::full(self.nr_pages()))
     }
     /// Starts or ends dirty logging. Before the first get-and-clear, what the log says means nothing.
     fn set_log_dirty(&mut self, on: bool) -> Result<(), GuestError>;
@@ -73,6 +74,20 @@ pub trait GuestControl {
     }
     /// Ends dirty logging and lets the guest run on at full speed.
     fn resume(&mut self) -> Result<(), GuestError>;
+    /// Writes to memory that the guest has made and the time it has run, where the guest can tell.
+    fn work_done(&mut self) -> Result<Option<(u64, Duration)>, GuestError>;
+    /// The guest's dirty log. There is one: a second call is an error.
+    fn take_dirty_log(&mut self) -> Result<Box<dyn DirtyLog>, GuestError>;
+    /// The guest's pages; each mapper has its own.
+    fn page_source(&mut self) -> Box<dyn PageSource>;
+}
+
+/// A guest that moves to another pagecast, or is compared there.
+pub trait MovableGuest: GuestControl {
+    /// Whether it could run at the destination; if not, it is memory without a machine, to be compared there and forgotten.
+    fn can_move(&self) -> bool {
+        true
+    }
     /// Gives the suspended guest away over `connection`, on which the destination is ready.
     fn hand_over(
         &mut self,
@@ -80,12 +95,6 @@ pub trait GuestControl {
         migration: &str,
         destination: &str,
     ) -> Result<HandOver, GuestError>;
-    /// Writes to memory that the guest has made and the time it has run, where the guest can tell.
-    fn work_done(&mut self) -> Result<Option<(u64, Duration)>, GuestError>;
-    /// The guest's dirty log. There is one: a second call is an error.
-    fn take_dirty_log(&mut self) -> Result<Box<dyn DirtyLog>, GuestError>;
-    /// The guest's pages; each mapper has its own.
-    fn page_source(&mut self) -> Box<dyn PageSource>;
     /// The body of the HVM_CONTEXT record of the suspended guest. `digests`: with a digest of every page, by which
     /// the destination can verify what it received, as far as they fit into a record (64 GiB of guest).
     fn context(&mut self, domain: &DomainHeader, digests: bool) -> Vec<u8>;
@@ -95,6 +104,10 @@ pub trait GuestControl {
 pub trait DirtyLog: Send {
     /// Adds to `dirty` the pages written since the last call, and clears the log.
     fn get_and_clear(&mut self, dirty: &mut PageSet) -> Result<(), GuestError>;
+    /// The same once more, of the suspended guest: whatever may differ from what was read before is in `dirty` afterwards.
+    fn get_and_clear_last(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        self.get_and_clear(dirty)
+    }
     /// Adds to `dirty` the pages of `range` written since the last get-and-clear, and leaves the log as it is.
     fn peek(&mut self, range: Range<u64>, dirty: &mut PageSet) -> Result<(), GuestError>;
 }
@@ -106,6 +119,8 @@ pub enum PageContent {
     Data,
     /// Zeroes only.
     Zero,
+    /// Nothing: there is no page here now.
+    Absent,
 }
 
 /// The pages of a guest: what a mapper reads.

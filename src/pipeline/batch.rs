@@ -1,21 +1,43 @@
 //! What travels between the stages: batches of page numbers, and slots filled with a record.
 
 use crate::page::Pfn;
+use crate::page_set::CHUNK_WORDS;
 
 /// The most pages in a batch, and data pages in a slot.
 pub const BATCH_PAGES: usize = 64;
 
-/// Page numbers that the scanner has approved for sending, in the order to send them.
+/// Page numbers that the scanner has approved for sending, ascending.
 #[derive(Clone)]
 pub struct Batch {
     pages: [Pfn; BATCH_PAGES],
     len: usize,
+    opens: Option<Chunk>,
+}
+
+/// A 2 MiB chunk and the pages that there are in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Its number.
+    pub number: usize,
+    /// A bit for each of its pages.
+    pub words: [u64; CHUNK_WORDS],
 }
 
 impl Batch {
     /// A batch of no pages.
     pub const fn new() -> Self {
-        Batch { pages: [Pfn(0); BATCH_PAGES], len: 0 }
+        Batch { pages: [Pfn(0); BATCH_PAGES], len: 0, opens: None }
+    }
+
+    /// A batch whose record is the first of a chunk: it will name all pages of the chunk. Only pages of the chunk may be
+    /// added.
+    pub const fn opening(chunk: Chunk) -> Self {
+        Batch { opens: Some(chunk), ..Self::new() }
+    }
+
+    /// The chunk that it opens.
+    pub fn opens(&self) -> Option<&Chunk> {
+        self.opens.as_ref()
     }
 
     /// Adds a page. Panics when the batch is full.
@@ -86,7 +108,7 @@ impl Default for Runs {
 
 /// What a mapper says of the record it laid out in a slot.
 pub struct RecordInfo {
-    /// Pages named in the record.
+    /// Pages of the batch that the record names; what it names besides, to open a chunk, does not count.
     pub entries: u32,
     /// Pages that the record carries the data of.
     pub data_pages: u32,

@@ -1,6 +1,5 @@
 //! The threads of a migration: a mapper and a sender for each lane, and the scanner that feeds them all.
 
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender as EventSender, channel};
 use std::thread::JoinHandle;
@@ -8,13 +7,16 @@ use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, FilledSlot};
 use super::mapper::{self, MapMode, Mapper, MapperReport};
+use super::openings::Openings;
 use super::outcome::{MigrationError, Phase};
+use super::outlet::Outlet;
 use super::ring::{Consumer, Producer, ring};
 use super::scanner::{self, Cadence, Event, Order, Scanner, ScannerReport};
 use super::sender::{SendError, Sender, SenderReport, SenderSetup};
 use super::settings::{SendMode, Settings};
 use super::shared::Shared;
 use super::slots::{Slot, SlotPool};
+use super::writer::{Writer, WriterSetup};
 use crate::forecast::{Config, Engine};
 use crate::guest::{GuestControl, PageSource};
 use crate::page::PAGE_SIZE;
@@ -32,6 +34,16 @@ const ZERO_NOTES: usize = 256;
 /// The part of the downtime budget that is not for pages: suspend, the last sample, the hand-over. A quarter of budgets too
 /// small for that.
 const FIXED_DOWNTIME: Duration = Duration::from_millis(30);
+
+/// What the other end understands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wire {
+    /// It is pagecast: a page allocated without data is a page of zeroes.
+    Pagecast,
+    /// Any receiver of the migration stream. Zeroes are sent; in front of a chunk's first pages all of its pages are
+    /// allocated, so that a receiver can build a superpage (Xen 4.21 and later do).
+    Standard,
+}
 
 /// A started sender, and the ring ends that its mapper will have.
 struct Lane {
@@ -58,6 +70,7 @@ pub struct Lanes {
     pub send: &'static str,
     /// What the slots are made of.
     pub backing: Backing,
+    wire: Wire,
 }
 
 /// What the threads leave behind. The first sender that broke says what happened.
@@ -71,48 +84,74 @@ pub struct Joined {
 }
 
 impl Lanes {
-    /// Sets buffers up and starts the senders, which register them: that takes time and is not part of the migration.
-    pub fn start(
-        guest: &mut dyn GuestControl,
+    /// Sets buffers up and starts a sender for each of `outlets`, which registers them: that takes time and is not part of
+    /// the migration.
+    pub fn start<G: GuestControl + ?Sized>(
+        guest: &mut G,
         settings: &Settings,
-        connections: &[Arc<TcpStream>],
+        outlets: &[Outlet],
+        wire: Wire,
     ) -> Result<Self, MigrationError> {
-        let shared = Arc::new(Shared::new(settings.lanes, settings.spin));
-        let sendable = guest.page_source().sendable();
-        let (mode, zero_copy, send) = choose(settings.send, sendable.is_some())?;
-        let fixed_messages = zero_copy && mode == MapMode::Reference && uring::takes_fixed_messages();
-        let mut lanes = Vec::with_capacity(settings.lanes);
+        let shared = Arc::new(Shared::new(outlets.len(), settings.spin));
+        let sendable = guest.page_source().sendable().filter(|_| wire == Wire::Pagecast);
+        let over_sockets = outlets.iter().all(|outlet| matches!(outlet, Outlet::Socket(_)));
+        let (mode, zero_copy, send) = if over_sockets {
+            choose(settings.send, sendable.is_some())?
+        } else {
+            (MapMode::Stage, false, "writev")
+        };
+        let mut lanes = Vec::with_capacity(outlets.len());
         let mut backing = Backing::Small;
-        for (index, connection) in connections.iter().enumerate() {
+        for (index, outlet) in outlets.iter().enumerate() {
             let memory = SlotMemory::new(settings.slots * slot_bytes())
                 .map_err(|error| MigrationError::Setup(error.to_string()))?;
             let (pool, slots) = SlotPool::new(memory, slot_bytes())
                 .map_err(|error| MigrationError::Setup(error.to_string()))?;
             backing = pool.backing();
-            let setup = SenderSetup {
-                socket: connection.clone(),
-                lane: index,
-                pool,
-                guest: if mode == MapMode::Reference { sendable.clone() } else { None },
-                zero_copy,
-                fixed_messages,
-                may_fall_back: settings.send == SendMode::Auto,
-                bytes_per_s: settings.bandwidth.map(|all| all.div_ceil(settings.lanes as u64)),
+            let bytes_per_s = settings.bandwidth.map(|all| all.div_ceil(outlets.len() as u64));
+            let core = settings.pins.send[index % settings.pins.send.len()];
+            let ends = Ends::new(slots)?;
+            let (free, filled) = (ends.free_out, ends.filled_in);
+            let sender = match outlet {
+                Outlet::Socket(socket) => {
+                    let by_reference = mode == MapMode::Reference;
+                    let setup = SenderSetup {
+                        socket: socket.clone(),
+                        lane: index,
+                        pool,
+                        guest: sendable.clone().filter(|_| by_reference),
+                        zero_copy,
+                        fixed_messages: zero_copy && by_reference && uring::takes_fixed_messages(),
+                        may_fall_back: settings.send == SendMode::Auto,
+                        bytes_per_s,
+                    };
+                    start_sender(setup, ends.filled_out, ends.free_in, core, shared.clone())?
+                }
+                Outlet::Stream(stream) => {
+                    let setup = WriterSetup { stream: stream.clone(), lane: index, pool, bytes_per_s };
+                    let writer = Writer::new(setup, ends.filled_out, ends.free_in, shared.clone());
+                    spawn(format!("pc-send{index}"), core, shared.clone(), move || writer.run())?
+                }
             };
-            lanes.push(start_sender(setup, slots, settings, guest.page_source(), shared.clone())?);
+            let mapper = MapperParts { source: guest.page_source(), free, filled };
+            lanes.push(Lane { sender, mapper: Some(mapper), mapping: None });
         }
-        Ok(Lanes { lanes, scanner: None, shared, mode, send, backing })
+        Ok(Lanes { lanes, scanner: None, shared, mode, send, backing, wire })
     }
 
-    /// Starts mappers and scanner: from here on pages flow.
-    pub fn flow(
+    /// Starts mappers and scanner: from here on pages flow, if the guest is `live`; else they wait for the order to send all.
+    /// `ends`: of the scanner's channels.
+    pub fn flow<G: GuestControl + ?Sized>(
         &mut self,
-        guest: &mut dyn GuestControl,
+        guest: &mut G,
         settings: &Settings,
+        live: bool,
         started: Instant,
-        orders: Receiver<Order>,
-        events: EventSender<Event>,
+        ends: Option<(Receiver<Order>, EventSender<Event>)>,
     ) -> Result<(), MigrationError> {
+        let twice = || MigrationError::Setup("the pipeline was started twice".to_owned());
+        let (orders, events) = ends.ok_or_else(twice)?;
+        let prepare = |source| MigrationError::Guest { phase: Phase::Prepare, source };
         let nr_pages = guest.nr_pages();
         let mut batch_ends = Vec::with_capacity(self.lanes.len());
         let mut zero_notes = Vec::with_capacity(self.lanes.len());
@@ -121,35 +160,39 @@ impl Lanes {
             batch_ends.push(producer);
             let (notes, notes_out) = ring(ZERO_NOTES);
             zero_notes.push(notes_out);
-            let Some(parts) = lane.mapper.take() else {
-                return Err(MigrationError::Setup("the pipeline was started twice".to_owned()));
-            };
+            let parts = lane.mapper.take().ok_or_else(twice)?;
             let links = mapper::Links { batches, free: parts.free, filled: parts.filled, zero_notes: notes };
-            let mapper = Mapper::new(parts.source, self.mode, links, self.shared.clone(), nr_pages);
+            let way = mapper::Way { lane: index, mode: self.mode, wire: self.wire };
+            let mapper = Mapper::new(parts.source, way, links, self.shared.clone(), nr_pages);
             let core = settings.pins.map[index % settings.pins.map.len()];
             lane.mapping =
                 Some(spawn(format!("pc-map{index}"), core, self.shared.clone(), move || mapper.run())?);
         }
-        let mut log = guest
-            .take_dirty_log()
-            .map_err(|source| MigrationError::Guest { phase: Phase::Prepare, source })?;
-        // Arms the log. Every page is pending anyway, so what it says now is of no interest.
-        log.get_and_clear(&mut PageSet::empty(nr_pages))
-            .map_err(|source| MigrationError::Guest { phase: Phase::Prepare, source })?;
-        let engine = Engine::new(
-            settings.policy,
-            Config {
-                nr_pages,
-                downtime_budget: settings.downtime_budget,
-                sample_interval: settings.sample_interval,
-                max_time: settings.max_time,
-                fixed_downtime: FIXED_DOWNTIME.min(settings.downtime_budget / 4),
-                on_no_convergence: settings.on_no_convergence,
-            },
-        );
-        let cadence = Cadence { sample_interval: settings.sample_interval, bandwidth: settings.bandwidth };
+        let mut log = guest.take_dirty_log().map_err(prepare)?;
+        if live {
+            // Arms the log. Every page is pending anyway, so what it says now is of no interest.
+            log.get_and_clear(&mut PageSet::empty(nr_pages)).map_err(prepare)?;
+        }
+        let populated = guest.populated().map_err(prepare)?;
+        let openings = (self.wire == Wire::Standard).then(|| Openings::new(populated.clone()));
+        let config = Config {
+            nr_pages,
+            pages: populated.len(),
+            downtime_budget: settings.downtime_budget,
+            sample_interval: settings.sample_interval,
+            max_time: settings.max_time,
+            fixed_downtime: FIXED_DOWNTIME.min(settings.downtime_budget / 4),
+            on_no_convergence: settings.on_no_convergence,
+        };
+        let engine = Engine::sparse(settings.policy, config, populated);
+        let cadence = Cadence {
+            live,
+            sample_interval: settings.sample_interval,
+            share: settings.sample_share,
+            bandwidth: settings.bandwidth,
+        };
         let links = scanner::Links { lanes: batch_ends, zero_notes, orders, events };
-        let scanner = Scanner::new(log, engine, links, self.shared.clone(), cadence, started);
+        let scanner = Scanner::new(log, engine, openings, links, self.shared.clone(), cadence, started);
         self.scanner =
             Some(spawn("pc-scan0".to_owned(), settings.pins.scan, self.shared.clone(), move || {
                 scanner.run()
@@ -216,42 +259,54 @@ pub fn slot_bytes() -> usize {
     HEADER_ROOM + BATCH_PAGES * PAGE_SIZE
 }
 
+/// The ring ends between a mapper and its sender.
+struct Ends {
+    free_in: Producer<Slot>,
+    free_out: Consumer<Slot>,
+    filled_in: Producer<FilledSlot>,
+    filled_out: Consumer<FilledSlot>,
+}
+
+impl Ends {
+    /// Rings with room for all of `slots`, which are free.
+    fn new(slots: Vec<Slot>) -> Result<Self, MigrationError> {
+        let capacity = slots.len().next_power_of_two();
+        let (mut free_in, free_out) = ring(capacity);
+        let (filled_in, filled_out) = ring(capacity);
+        for slot in slots {
+            if free_in.push(slot).is_err() {
+                return Err(MigrationError::Setup("the ring of free slots is too small".to_owned()));
+            }
+        }
+        Ok(Ends { free_in, free_out, filled_in, filled_out })
+    }
+}
+
+/// Starts a sender and waits until it is set up.
 fn start_sender(
     setup: SenderSetup,
-    slots: Vec<Slot>,
-    settings: &Settings,
-    source: Box<dyn PageSource>,
+    filled: Consumer<FilledSlot>,
+    free: Producer<Slot>,
+    core: usize,
     shared: Arc<Shared>,
-) -> Result<Lane, MigrationError> {
-    let capacity = slots.len().next_power_of_two();
-    let (mut free_in, free) = ring(capacity);
-    let (filled, filled_out) = ring(capacity);
-    for slot in slots {
-        if free_in.push(slot).is_err() {
-            return Err(MigrationError::Setup("the ring of free slots is too small".to_owned()));
-        }
-    }
-    let index = setup.lane;
-    let core = settings.pins.send[index % settings.pins.send.len()];
+) -> Result<JoinHandle<Result<SenderReport, SendError>>, MigrationError> {
     let (ready, is_ready) = channel();
-    let sender = spawn(format!("pc-send{index}"), core, shared.clone(), move || {
-        match Sender::new(setup, filled_out, free_in, shared) {
-            Ok(sender) => {
-                let _ = ready.send(Ok(()));
-                sender.run()
-            }
-            Err(error) => {
-                let _ = ready.send(Err(error.to_string()));
-                Err(error)
-            }
+    let name = format!("pc-send{}", setup.lane);
+    let sender = spawn(name, core, shared.clone(), move || match Sender::new(setup, filled, free, shared) {
+        Ok(sender) => {
+            let _ = ready.send(Ok(()));
+            sender.run()
+        }
+        Err(error) => {
+            let _ = ready.send(Err(error.to_string()));
+            Err(error)
         }
     })?;
     match is_ready.recv() {
-        Ok(Ok(())) => {}
-        Ok(Err(reason)) => return Err(MigrationError::Setup(reason)),
-        Err(_) => return Err(MigrationError::Setup("a sender died at its start".to_owned())),
+        Ok(Ok(())) => Ok(sender),
+        Ok(Err(reason)) => Err(MigrationError::Setup(reason)),
+        Err(_) => Err(MigrationError::Setup("a sender died at its start".to_owned())),
     }
-    Ok(Lane { sender, mapper: Some(MapperParts { source, free, filled }), mapping: None })
 }
 
 /// Has the other stages end when the one that holds it panics.

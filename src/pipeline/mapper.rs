@@ -3,16 +3,21 @@
 //! Staged, it copies each page into the slot and finds zero pages in the same pass. Direct, it lays out only the
 //! record's head, and the sender takes the pages from guest memory. Either way the dirty bit of a page was cleared
 //! before the page is read here, so that a write during or after the reading is seen by a later sample.
+//!
+//! A page that turns out not to be there is put aside, and looked for once more when the scanner has handed out its last
+//! batch: the guest stands still then, and what is not there will not come any more.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::batch::{Batch, FilledSlot, RecordInfo, Runs};
+use super::batch::{BATCH_PAGES, Batch, Chunk, FilledSlot, RecordInfo, Runs};
+use super::lanes::Wire;
 use super::ring::{Consumer, PopError, Producer, PushError};
 use super::shared::Shared;
 use super::slots::Slot;
 use crate::guest::{PageContent, PageSource};
-use crate::page::Pfn;
+use crate::page::{CHUNK_PAGES, Pfn};
 use crate::page_set::PageSet;
 use crate::stream::records::PageKind;
 use crate::stream::writer::PageRecord;
@@ -28,6 +33,24 @@ pub enum MapMode {
     Stage,
     /// Named in the slot and sent from guest memory.
     Reference,
+}
+
+impl MapMode {
+    /// Whether the mapper copies.
+    pub fn copies(self) -> bool {
+        self == MapMode::Stage
+    }
+}
+
+/// Which lane a mapper is of, and how it lays pages out.
+#[derive(Clone, Copy, Debug)]
+pub struct Way {
+    /// Number of the lane.
+    pub lane: usize,
+    /// How pages come into records.
+    pub mode: MapMode,
+    /// What the other end understands.
+    pub wire: Wire,
 }
 
 /// What a mapper leaves behind.
@@ -55,7 +78,7 @@ pub struct Links {
 /// A mapper's state.
 pub struct Mapper {
     source: Box<dyn PageSource>,
-    mode: MapMode,
+    way: Way,
     batches: Consumer<Batch>,
     free: Consumer<Slot>,
     filled: Producer<FilledSlot>,
@@ -63,20 +86,35 @@ pub struct Mapper {
     shared: Arc<Shared>,
     zero_pages: u64,
     zero_set: PageSet,
+    /// A slot that was taken for a batch of which no page was there.
+    spare: Option<Slot>,
+    /// Handed out and not there.
+    absent: PageSet,
 }
 
 impl Mapper {
     /// A mapper of one lane over a guest of `nr_pages` pages.
     pub fn new(
         source: Box<dyn PageSource>,
-        mode: MapMode,
+        way: Way,
         links: Links,
         shared: Arc<Shared>,
         nr_pages: u64,
     ) -> Self {
         let Links { batches, free, filled, zero_notes } = links;
-        let zero_set = PageSet::empty(nr_pages);
-        Mapper { source, mode, batches, free, filled, zero_notes, shared, zero_pages: 0, zero_set }
+        Mapper {
+            source,
+            way,
+            batches,
+            free,
+            filled,
+            zero_notes,
+            shared,
+            zero_pages: 0,
+            zero_set: PageSet::empty(nr_pages),
+            spare: None,
+            absent: PageSet::empty(nr_pages),
+        }
     }
 
     /// Runs until the scanner has handed out its last batch or the migration is aborted.
@@ -91,57 +129,87 @@ impl Mapper {
                     }
                 }
                 Err(PopError::Empty) => idle.wait(Duration::MAX),
-                Err(PopError::Closed) => break,
+                Err(PopError::Closed) => {
+                    self.look_again();
+                    break;
+                }
             }
         }
         MapperReport { zero_pages: self.zero_pages, zero_set: self.zero_set, cpu: cpu::thread_cpu_time() }
     }
 
+    /// The guest stands still: pages that were not there are there now or never.
+    fn look_again(&mut self) {
+        let again = std::mem::replace(&mut self.absent, PageSet::empty(self.zero_set.nr_pages()));
+        let mut pages = again.iter().peekable();
+        while pages.peek().is_some() && !self.shared.is_aborted() {
+            let mut batch = Batch::new();
+            pages.by_ref().take(BATCH_PAGES).for_each(|pfn| batch.push(pfn));
+            if !self.serve(&batch) {
+                return;
+            }
+        }
+    }
+
     /// Fills one slot with a batch; a batch always fits. False if the lane is at its end.
     fn serve(&mut self, batch: &Batch) -> bool {
-        let Some(mut slot) = self.free_slot() else { return false };
-        let mut external = Runs::new();
-        let mut new_zeroes = Batch::new();
-        let mut record = PageRecord::new(slot.bytes_mut());
+        let Some(mut slot) = self.spare.take().or_else(|| self.free_slot()) else { return false };
         let pages = batch.pages();
-        if self.mode == MapMode::Stage {
+        if self.way.mode.copies() {
             self.source.gather(pages);
         }
         for pfn in pages.iter().take(PREFETCH) {
             self.source.prefetch(*pfn);
         }
+        let mut layout = Layout::new(PageRecord::new(slot.bytes_mut()), batch.opens());
+        let mut new_zeroes = Batch::new();
         for (index, pfn) in pages.iter().enumerate() {
             if let Some(ahead) = pages.get(index + PREFETCH) {
                 self.source.prefetch(*ahead);
             }
-            let content = match self.mode {
-                MapMode::Stage => self.source.copy(*pfn, record.next_page()),
+            layout.open_up_to(*pfn);
+            let content = match self.way.mode {
+                MapMode::Stage => self.source.copy(*pfn, layout.record.next_page()),
                 MapMode::Reference => self.source.inspect(*pfn),
             };
-            match (content, self.mode) {
-                (PageContent::Zero, _) => {
-                    record.push_empty(*pfn, PageKind::Alloc);
+            match content {
+                PageContent::Absent => {
+                    self.absent.insert(*pfn);
+                    layout.absent += 1;
+                    continue;
+                }
+                PageContent::Zero if self.way.wire == Wire::Pagecast => {
+                    layout.push_zero(*pfn);
                     self.zero_pages += 1;
                     if self.zero_set.insert(*pfn) {
                         new_zeroes.push(*pfn);
                     }
-                    continue;
                 }
-                (PageContent::Data, MapMode::Stage) => record.commit(*pfn),
-                (PageContent::Data, MapMode::Reference) => {
-                    record.push_external(*pfn);
-                    external.push(*pfn);
+                PageContent::Zero => {
+                    layout.record.next_page().fill(0);
+                    layout.push_data(*pfn, self.way.mode);
+                }
+                PageContent::Data => {
+                    layout.push_data(*pfn, self.way.mode);
+                    self.forget_zero(*pfn);
                 }
             }
-            self.forget_zero(*pfn);
+            if !self.absent.is_empty() {
+                self.absent.remove(*pfn);
+            }
         }
         if !new_zeroes.is_empty() {
             // A note that finds no room is no loss but to the stop rule's idea of the guest's size.
             let _ = self.zero_notes.push(new_zeroes);
         }
-        let info =
-            RecordInfo { entries: record.entries() as u32, data_pages: record.data_pages() as u32, external };
-        let range = record.finish();
+        if layout.absent > 0 {
+            // Before the rest is on the wire: the scanner never takes too little to be on its way.
+            self.shared.lanes[self.way.lane].absent.fetch_add(layout.absent, Ordering::Relaxed);
+        }
+        let Some((range, info)) = layout.finish() else {
+            self.spare = Some(slot);
+            return true;
+        };
         match FilledSlot::new(slot, range, info) {
             Ok(filled) => self.pass_on(filled),
             Err(_) => unreachable!("a record lies within the slot that it was laid out in"),
@@ -177,5 +245,75 @@ impl Mapper {
             }
             idle.wait(Duration::MAX);
         }
+    }
+}
+
+/// A record in the making, and what there is to say of it.
+struct Layout<'a> {
+    record: PageRecord<'a>,
+    /// The chunk that the record opens, with the pages of it that are not named yet.
+    opens: Option<Chunk>,
+    entries: u32,
+    absent: u64,
+    external: Runs,
+}
+
+impl<'a> Layout<'a> {
+    fn new(record: PageRecord<'a>, opens: Option<&Chunk>) -> Self {
+        Layout { record, opens: opens.copied(), entries: 0, absent: 0, external: Runs::new() }
+    }
+
+    /// Names the pages of the chunk that come before `pfn`, without data.
+    fn open_up_to(&mut self, pfn: Pfn) {
+        if self.opens.is_some_and(|chunk| chunk.number == pfn.chunk()) {
+            self.allocate(pfn.in_chunk());
+            if let Some(chunk) = &mut self.opens {
+                // It is named in its own right.
+                chunk.words[pfn.in_chunk() / 64] &= !(1 << (pfn.in_chunk() % 64));
+            }
+        }
+    }
+
+    /// Names the pages of the chunk in front of place `end` that are not named yet.
+    fn allocate(&mut self, end: usize) {
+        let Some(chunk) = &mut self.opens else { return };
+        for (index, word) in chunk.words.iter_mut().enumerate() {
+            while *word != 0 {
+                let place = index * 64 + word.trailing_zeros() as usize;
+                if place >= end {
+                    return;
+                }
+                *word &= *word - 1;
+                let pfn = Pfn(Pfn::first_of(chunk.number).0 + place as u64);
+                self.record.push_empty(pfn, PageKind::Alloc);
+            }
+        }
+    }
+
+    fn push_zero(&mut self, pfn: Pfn) {
+        self.record.push_empty(pfn, PageKind::Alloc);
+        self.entries += 1;
+    }
+
+    fn push_data(&mut self, pfn: Pfn, mode: MapMode) {
+        match mode {
+            MapMode::Stage => self.record.commit(pfn),
+            MapMode::Reference => {
+                self.record.push_external(pfn);
+                self.external.push(pfn);
+            }
+        }
+        self.entries += 1;
+    }
+
+    /// Where the record is, and what is in it; none if it names no page.
+    fn finish(mut self) -> Option<(std::ops::Range<usize>, RecordInfo)> {
+        self.allocate(CHUNK_PAGES);
+        let Layout { record, entries, external, .. } = self;
+        if record.is_empty() {
+            return None;
+        }
+        let info = RecordInfo { entries, data_pages: record.data_pages() as u32, external };
+        Some((record.finish(), info))
     }
 }

@@ -9,8 +9,11 @@
 //! ```
 //!
 //! * [`ring`], [`slots`]: the lock-free core, model-checked with loom.
-//! * [`scanner`], [`mapper`], [`sender`]: the stages, each a thread that owns what it works on.
-//! * [`lanes`]: the threads, started and joined; [`control`]: one migration from first connection to hand-over.
+//! * [`scanner`], [`mapper`], [`sender`]: the stages, each a thread that owns what it works on; [`writer`]: the sender of a
+//!   pipe or a file.
+//! * [`lanes`]: the threads, started and joined; [`live`]: a migration from the first page to the last.
+//! * [`control`]: to another pagecast, from the first connection to the hand-over; [`save`]: into a stream that somebody
+//!   else receives.
 //!
 //! What always holds: a slot is in exactly one place (free ring, mapper, filled ring, ledger), because its handle
 //! cannot be copied; it goes back to the free ring only when no request covers it any more; and nothing on the way
@@ -19,15 +22,20 @@
 pub mod batch;
 pub mod control;
 pub mod lanes;
+pub mod live;
 pub mod mapper;
+pub mod openings;
 pub mod outcome;
+pub mod outlet;
 pub mod ring;
+pub mod save;
 pub mod scanner;
 pub mod sender;
 pub mod settings;
 pub mod shared;
 pub mod slots;
 pub mod sync;
+pub mod writer;
 
 #[cfg(all(test, loom))]
 mod loom_ring;

@@ -118,10 +118,14 @@ pub struct Migration {
     pub t_star: Option<Bound>,
     /// Pages of guest memory.
     pub pages: u64,
+    /// Size of its page-number space: that, and the holes.
+    pub nr_pfns: u64,
     /// Page transmissions, those without data included.
     pub transmissions: u64,
     /// Of those, transmissions as zero, without data.
     pub zero_pages: u64,
+    /// Pages that were to be sent and were not there when they were read.
+    pub absent_pages: u64,
     /// Pages in the final set.
     pub final_pages: u64,
     /// The most pages that the forecast held back at a time.
@@ -130,6 +134,8 @@ pub struct Migration {
     pub bytes: u64,
     /// Bytes by kind of send.
     pub by_send: Counters,
+    /// System calls that sent.
+    pub send_calls: u64,
     /// Zero-copy sends were given up because the kernel copied all the same.
     pub fell_back: bool,
     /// Bytes copied into slots by mappers.
@@ -138,7 +144,7 @@ pub struct Migration {
     pub slot_backing: String,
     /// Whether the sends came from registered buffers.
     pub registered: bool,
-    /// How pages got onto the wire: "direct", "staged" or "copy".
+    /// How pages got onto the wire: "direct", "staged" or "copy", or "writev" into a pipe or a file.
     pub send: &'static str,
     /// Why pre-copy ended.
     pub stop_reason: StopReason,
@@ -168,7 +174,8 @@ impl Migration {
 
     /// Transmissions that a later write made useless.
     pub fn wasted(&self) -> u64 {
-        self.transmissions - self.pages
+        // Pages that have gone since the start were not all sent.
+        self.transmissions.saturating_sub(self.pages)
     }
 }
 

@@ -4,11 +4,13 @@
 //! fed with what the policy ranks highest, never further ahead than the link carries in 20 ms: what has been
 //! handed out can no longer be held back, and has to be waited for at the stop.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
-use super::batch::{BATCH_PAGES, Batch};
+use super::batch::{BATCH_PAGES, Batch, Chunk};
+use super::openings::Openings;
 use super::ring::{Consumer, Producer, PushError};
 use super::shared::Shared;
 use crate::forecast::{Convergence, Engine, Link, Next, Peek, Sample, StopReason, Verdict};
@@ -70,10 +72,22 @@ pub struct ScannerReport {
 /// How the scanner is to work.
 #[derive(Clone, Copy)]
 pub struct Cadence {
+    /// There is a pre-copy; else the scanner waits for the order to send everything.
+    pub live: bool,
     /// Time between two samples.
     pub sample_interval: Duration,
+    /// The share of the time that samples may take; the interval grows to keep to it.
+    pub share: Option<f64>,
     /// The cap on what is sent, in bytes per second.
     pub bandwidth: Option<u64>,
+}
+
+impl Cadence {
+    /// The time to the next sample after one that took `took`.
+    fn interval(&self, took: Duration) -> Duration {
+        let least = self.share.map_or(Duration::ZERO, |share| took.div_f64(share.max(1e-6)));
+        self.sample_interval.max(least)
+    }
 }
 
 /// What joins the scanner to the other threads.
@@ -92,7 +106,10 @@ pub struct Links {
 pub struct Scanner {
     log: Box<dyn DirtyLog>,
     engine: Engine,
+    openings: Option<Openings>,
     lanes: Vec<Producer<Batch>>,
+    /// Batches dealt to a lane that have found no room in its ring yet.
+    outbox: VecDeque<(usize, Batch)>,
     zero_notes: Vec<Consumer<Batch>>,
     shared: Arc<Shared>,
     orders: Receiver<Order>,
@@ -122,10 +139,11 @@ enum Fed {
 }
 
 impl Scanner {
-    /// A scanner whose dirty log was armed at `started`.
+    /// A scanner whose dirty log was armed at `started`. With `openings` the first batch of each chunk opens it.
     pub fn new(
         log: Box<dyn DirtyLog>,
         engine: Engine,
+        openings: Option<Openings>,
         links: Links,
         shared: Arc<Shared>,
         cadence: Cadence,
@@ -141,6 +159,8 @@ impl Scanner {
         Scanner {
             log,
             engine,
+            openings,
+            outbox: VecDeque::with_capacity(BATCH_PAGES + lanes.len()),
             lanes,
             zero_notes,
             shared,
@@ -178,7 +198,7 @@ impl Scanner {
 
     fn work(&mut self) -> Result<(), GuestError> {
         let mut round_over = false;
-        let mut stopping = false;
+        let mut stopping = !self.cadence.live;
         let mut idle = self.shared.idle();
         while !self.shared.is_aborted() {
             match self.orders.try_recv() {
@@ -194,7 +214,7 @@ impl Scanner {
             // A round's last sample is taken when all of the round is sent, and none in between.
             let due = if round_over { self.in_flight() == 0 } else { now >= self.next_sample };
             if due {
-                self.sample()?;
+                self.sample(false)?;
                 round_over = false;
                 stopping = self.heed_verdict();
                 if stopping {
@@ -242,7 +262,7 @@ impl Scanner {
     }
 
     fn in_flight(&self) -> u64 {
-        self.handed_out.saturating_sub(self.shared.entries_sent())
+        self.handed_out.saturating_sub(self.shared.entries_sent() + self.shared.absent())
     }
 
     fn link(&self) -> Link {
@@ -265,19 +285,24 @@ impl Scanner {
     }
 
     /// One get-and-clear of the log, and what follows from it.
-    fn sample(&mut self) -> Result<(), GuestError> {
+    fn sample(&mut self, last: bool) -> Result<(), GuestError> {
         self.dirty.clear();
         // The time before the scan: what is written during the scan may belong to this sample or to the next.
         let at = self.started.elapsed();
-        self.log.get_and_clear(&mut self.dirty)?;
-        self.sampling += self.started.elapsed() - at;
+        if last {
+            self.log.get_and_clear_last(&mut self.dirty)?;
+        } else {
+            self.log.get_and_clear(&mut self.dirty)?;
+        }
+        let took = self.started.elapsed() - at;
+        self.sampling += took;
         self.samples += 1;
         self.engine.on_sample(&Sample { at, dirty: &self.dirty });
         let interval = at.saturating_sub(self.last_sample);
         self.rate.sample(self.shared.data_pages_sent(), self.shared.entries_sent(), interval);
         self.publish(interval);
         self.last_sample = at;
-        self.next_sample = at + self.cadence.sample_interval;
+        self.next_sample = at + self.cadence.interval(took);
         Ok(())
     }
 
@@ -303,7 +328,7 @@ impl Scanner {
             self.shared.abort();
             return Ok(Fed::Nothing);
         }
-        if self.lanes.iter().any(|lane| lane.free() == 0) {
+        if !self.empty_outbox() || self.lanes.iter().any(|lane| lane.free() == 0) {
             return Ok(Fed::RingFull);
         }
         self.note_zero_pages();
@@ -329,36 +354,79 @@ impl Scanner {
         }
     }
 
-    /// Deals the chosen pages to the lanes, at most one batch to each. Room was checked before.
+    /// Deals the chosen pages, ascending, to the lanes: those of a chunk that nothing was sent of in a batch of their own, which
+    /// opens it.
     fn hand_out_chosen(&mut self) {
         let nr_lanes = self.lanes.len();
-        for (index, lane) in self.lanes.iter_mut().enumerate() {
+        self.handed_out += self.chosen.len() as u64;
+        for lane in 0..nr_lanes {
             let mut batch = Batch::new();
-            for pfn in self.chosen.iter().filter(|pfn| pfn.lane(nr_lanes) == index) {
-                batch.push(*pfn);
+            let mut opening: Option<Batch> = None;
+            for pfn in self.chosen.iter().filter(|pfn| pfn.lane(nr_lanes) == lane) {
+                let number = pfn.chunk();
+                if opening.as_ref().and_then(Batch::opens).is_none_or(|chunk| chunk.number != number) {
+                    self.outbox.extend(opening.take().map(|batch| (lane, batch)));
+                    let words = self.openings.as_mut().and_then(|openings| openings.open(number));
+                    opening = words.map(|words| Batch::opening(Chunk { number, words }));
+                }
+                opening.as_mut().unwrap_or(&mut batch).push(*pfn);
             }
-            if batch.is_empty() {
-                continue;
-            }
-            self.handed_out += batch.pages().len() as u64;
-            if lane.push(batch).is_err() {
-                self.shared.abort();
+            self.outbox.extend(opening.map(|batch| (lane, batch)));
+            if !batch.is_empty() {
+                self.outbox.push_back((lane, batch));
             }
         }
+        self.empty_outbox();
+    }
+
+    /// Passes on what was dealt, as far as there is room; whether that was all.
+    fn empty_outbox(&mut self) -> bool {
+        while let Some((lane, batch)) = self.outbox.pop_front() {
+            match self.lanes[lane].push(batch) {
+                Ok(()) => {}
+                Err(PushError::Full(batch)) => {
+                    self.outbox.push_front((lane, batch));
+                    return false;
+                }
+                Err(PushError::Closed(_)) => {
+                    self.shared.abort();
+                    return false;
+                }
+            }
+        }
+        true
     }
 
     /// The guest is suspended: dirty, pending and never sent are all that is left; nothing is added any more.
     fn finish(&mut self) -> Result<(), GuestError> {
-        self.sample()?;
+        if self.cadence.live {
+            self.sample(true)?;
+        }
         let last = self.engine.take_pending();
         let _ = self.events.send(Event::FinalSet { pages: last.len() });
+        while let Some((lane, batch)) = self.outbox.pop_front() {
+            if !self.push_patiently(lane, batch) {
+                return Ok(());
+            }
+        }
+        self.handed_out += last.len();
         let nr_lanes = self.lanes.len();
         let mut open = vec![Batch::new(); nr_lanes];
-        for pfn in last.iter() {
-            let lane = pfn.lane(nr_lanes);
-            open[lane].push(pfn);
-            if open[lane].is_full() && !self.push_patiently(lane, std::mem::take(&mut open[lane])) {
-                return Ok(());
+        for chunk in last.occupied_chunks() {
+            let lane = Pfn::first_of(chunk).lane(nr_lanes);
+            let mut pages = last.pages_of_chunk(chunk);
+            if let Some(words) = self.openings.as_mut().and_then(|openings| openings.open(chunk)) {
+                let mut batch = Batch::opening(Chunk { number: chunk, words });
+                pages.by_ref().take(BATCH_PAGES).for_each(|pfn| batch.push(pfn));
+                if !self.push_patiently(lane, batch) {
+                    return Ok(());
+                }
+            }
+            for pfn in pages {
+                open[lane].push(pfn);
+                if open[lane].is_full() && !self.push_patiently(lane, std::mem::take(&mut open[lane])) {
+                    return Ok(());
+                }
             }
         }
         for (lane, batch) in open.into_iter().enumerate() {
@@ -371,7 +439,6 @@ impl Scanner {
 
     /// Pushes a batch when there is room; false if the migration is aborted meanwhile.
     fn push_patiently(&mut self, lane: usize, mut batch: Batch) -> bool {
-        self.handed_out += batch.pages().len() as u64;
         let mut idle = self.shared.idle();
         loop {
             match self.lanes[lane].push(batch) {

@@ -132,6 +132,9 @@ pub struct Settings {
     pub on_no_convergence: OnNoConvergence,
     /// Time between two samples of the dirty log.
     pub sample_interval: Duration,
+    /// The share of the guest's time that sampling may take, from 0 to 1: where a sample takes longer than the interval
+    /// allows for, the next one waits. None: no limit.
+    pub sample_share: Option<f64>,
     /// The most to send, in bytes per second.
     pub bandwidth: Option<u64>,
     /// How pages get onto the wire.

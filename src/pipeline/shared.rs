@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crossbeam::utils::CachePadded;
 
-/// What a lane has put on the wire so far. Written by its sender, read by everybody.
+/// What a lane has put on the wire so far. Written by its sender (`absent`: by its mapper), read by everybody.
 #[derive(Default)]
 pub struct LaneProgress {
     /// Pages named in records sent.
@@ -14,6 +14,8 @@ pub struct LaneProgress {
     pub data_pages: AtomicU64,
     /// Bytes sent, headers included.
     pub bytes: AtomicU64,
+    /// Pages handed out that were not there.
+    pub absent: AtomicU64,
 }
 
 /// What the scanner knew at its last sample. Written by the scanner, read by control for the display.
@@ -63,6 +65,11 @@ impl Shared {
     /// Pages named in records sent, over all lanes.
     pub fn entries_sent(&self) -> u64 {
         self.lanes.iter().map(|lane| lane.entries.load(Ordering::Acquire)).sum()
+    }
+
+    /// Pages handed out that were not there, over all lanes.
+    pub fn absent(&self) -> u64 {
+        self.lanes.iter().map(|lane| lane.absent.load(Ordering::Relaxed)).sum()
     }
 
     /// Pages sent with data, over all lanes.

@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{json, ms, recording};
 use crate::page::PAGE_SIZE;
-use crate::pipeline::control::Observer;
+use crate::pipeline::live::Observer;
 use crate::pipeline::outcome::Progress;
 use crate::sys::console;
 use crate::trace::record::Status;

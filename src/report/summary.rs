@@ -328,6 +328,7 @@ mod tests {
                 aborted: false,
                 convergence: Convergence::new(Config {
                     nr_pages: 100,
+                    pages: 100,
                     downtime_budget: Duration::from_millis(300),
                     sample_interval: Duration::from_millis(50),
                     max_time: Duration::MAX,

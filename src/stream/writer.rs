@@ -3,21 +3,21 @@
 //! so it panics.
 
 use super::records::*;
-use crate::page::{PAGE_SIZE, Pfn};
+use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
 use std::ops::Range;
 
 /// Bytes of a slot in front of its data pages; the record's header ends where the first data page begins.
 /// A slot has `HEADER_ROOM + n * PAGE_SIZE` bytes.
-pub const HEADER_ROOM: usize = 4096;
+pub const HEADER_ROOM: usize = 8192;
 
 /// The most entries of one [`PageRecord`]: as many as fit into [`HEADER_ROOM`] behind the fixed fields. (Xen's own
-/// saver puts up to 1024 into a record; the format has no limit but the length.)
+/// saver puts up to 1024 into a record; the format has no limit but the length.) All pages of a 2 MiB chunk fit.
 pub const MAX_ENTRIES: usize = (HEADER_ROOM - FIXED_LEN) / 8;
 
 /// Bytes in front of the PFN array of a PAGE_DATA record.
 const FIXED_LEN: usize = RECORD_HEADER_LEN + PAGE_DATA_HEAD_LEN;
 
-const _: () = assert!(HEADER_ROOM.is_multiple_of(PAGE_SIZE) && MAX_ENTRIES >= 1);
+const _: () = assert!(HEADER_ROOM.is_multiple_of(PAGE_SIZE) && MAX_ENTRIES >= CHUNK_PAGES);
 
 /// Where the data of a record's pages are.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -178,6 +178,7 @@ impl<'a> Replay<'a> {
         let nr_pages = trace.nr_pages();
         let config = Config {
             nr_pages,
+            pages: nr_pages,
             downtime_budget: Duration::from_secs_f64(setting.budget_s),
             sample_interval: period,
             max_time: Duration::from_secs_f64(setting.max_time_s),

@@ -10,7 +10,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 
 use super::protocol::{Answer, Request};
 use super::{CheckReport, Stats};
-use crate::guest::{DirtyLog, GuestControl, GuestError, HandOver, PageContent, PageSource};
+use crate::guest::{DirtyLog, GuestControl, GuestError, HandOver, MovableGuest, PageContent, PageSource};
 use crate::page::{PAGE_SIZE, Pfn, is_zero};
 use crate::page_set::PageSet;
 use crate::stream::arena_context::{ArenaContext, MAX_DIGESTS, page_digest};
@@ -173,21 +173,6 @@ impl GuestControl for ArenaGuest {
         self.expect_done(&Request::Resume)
     }
 
-    fn hand_over(
-        &mut self,
-        connection: OwnedFd,
-        migration: &str,
-        destination: &str,
-    ) -> Result<HandOver, GuestError> {
-        let request =
-            Request::HandOver { migration: migration.to_owned(), destination: destination.to_owned() };
-        match self.request(&request, &[connection.as_fd()])? {
-            Answer::HandedOver => Ok(HandOver::Running),
-            Answer::TakenBack { reason } => Ok(HandOver::ResumedAtSource(reason)),
-            other => Err(unexpected(other)),
-        }
-    }
-
     fn work_done(&mut self) -> Result<Option<(u64, Duration)>, GuestError> {
         let (stats, _) = self.stats()?;
         Ok(Some((stats.writes, stats.guest_time)))
@@ -201,6 +186,23 @@ impl GuestControl for ArenaGuest {
 
     fn page_source(&mut self) -> Box<dyn PageSource> {
         Box::new(ArenaPages { memory: self.memory.clone() })
+    }
+}
+
+impl MovableGuest for ArenaGuest {
+    fn hand_over(
+        &mut self,
+        connection: OwnedFd,
+        migration: &str,
+        destination: &str,
+    ) -> Result<HandOver, GuestError> {
+        let request =
+            Request::HandOver { migration: migration.to_owned(), destination: destination.to_owned() };
+        match self.request(&request, &[connection.as_fd()])? {
+            Answer::HandedOver => Ok(HandOver::Running),
+            Answer::TakenBack { reason } => Ok(HandOver::ResumedAtSource(reason)),
+            other => Err(unexpected(other)),
+        }
     }
 
     fn context(&mut self, domain: &DomainHeader, digests: bool) -> Vec<u8> {

@@ -18,7 +18,7 @@ use super::image::{Image, ImagePages};
 use super::log::ImageLog;
 use super::proc::{self, Stat};
 use super::tracker::{Choice, Tracker};
-use crate::guest::{DirtyLog, GuestControl, GuestError, HandOver, PageSource};
+use crate::guest::{DirtyLog, GuestControl, GuestError, HandOver, MovableGuest, PageSource};
 use crate::page::CHUNK_PAGES;
 use crate::stream::arena_context::{ArenaContext, MAX_DIGESTS, page_digest};
 use crate::stream::records::DomainHeader;
@@ -146,10 +146,6 @@ impl GuestControl for ProcessGuest {
         self.image.nr_pages()
     }
 
-    fn can_move(&self) -> bool {
-        false
-    }
-
     fn set_log_dirty(&mut self, _: bool) -> Result<(), GuestError> {
         // It begins with the attachment and ends with the log itself.
         Ok(())
@@ -189,6 +185,26 @@ impl GuestControl for ProcessGuest {
             .map_err(|error| TrackingError::Io("talk to the guardian process", error).into())
     }
 
+    fn work_done(&mut self) -> Result<Option<(u64, Duration)>, GuestError> {
+        Ok(None)
+    }
+
+    fn take_dirty_log(&mut self) -> Result<Box<dyn DirtyLog>, GuestError> {
+        let taken = || GuestError::Refused("its dirty log is in use already".to_owned());
+        let tracker = self.tracker.take().ok_or_else(taken)?;
+        Ok(Box::new(ImageLog::new(tracker, self.image.clone())))
+    }
+
+    fn page_source(&mut self) -> Box<dyn PageSource> {
+        Box::new(ImagePages::new(self.image.clone()))
+    }
+}
+
+impl MovableGuest for ProcessGuest {
+    fn can_move(&self) -> bool {
+        false
+    }
+
     fn hand_over(&mut self, connection: OwnedFd, _: &str, _: &str) -> Result<HandOver, GuestError> {
         // Everything is compared by now, and nothing that comes could keep the process from running on.
         self.resume()?;
@@ -204,20 +220,6 @@ impl GuestControl for ProcessGuest {
         };
         self.farewell = Some(said.clone());
         Ok(HandOver::Mirrored(said))
-    }
-
-    fn work_done(&mut self) -> Result<Option<(u64, Duration)>, GuestError> {
-        Ok(None)
-    }
-
-    fn take_dirty_log(&mut self) -> Result<Box<dyn DirtyLog>, GuestError> {
-        let taken = || GuestError::Refused("its dirty log is in use already".to_owned());
-        let tracker = self.tracker.take().ok_or_else(taken)?;
-        Ok(Box::new(ImageLog::new(tracker, self.image.clone())))
-    }
-
-    fn page_source(&mut self) -> Box<dyn PageSource> {
-        Box::new(ImagePages::new(self.image.clone()))
     }
 
     fn context(&mut self, domain: &DomainHeader, digests: bool) -> Vec<u8> {

@@ -1,0 +1,15 @@
+//! Where a lane's bytes go.
+
+use std::net::TcpStream;
+use std::sync::Arc;
+
+use crate::transport::stream_out::StreamOut;
+
+/// A lane's way out.
+#[derive(Clone)]
+pub enum Outlet {
+    /// A socket, to be sent to through io_uring.
+    Socket(Arc<TcpStream>),
+    /// A pipe or a file, to be written to.
+    Stream(Arc<StreamOut>),
+}

@@ -1,0 +1,162 @@
+//! The sender of a lane that goes into a pipe or a file: vectored writes from slots.
+//!
+//! The kernel copies what is written, so a slot is free as soon as the write that covered it is done.
+
+use std::io::IoSlice;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::batch::FilledSlot;
+use super::ring::{Consumer, PopError, Producer, PushError};
+use super::sender::{SendError, SenderReport};
+use super::shared::Shared;
+use super::slots::{Slot, SlotPool};
+use crate::sys::cpu;
+use crate::transport::pacer::Pacer;
+use crate::transport::stream_out::StreamOut;
+
+/// The most slots in one write.
+const SLOTS_AT_ONCE: usize = 8;
+
+/// How long one wait may last before the abort flag is looked at.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// What to write to and from.
+pub struct WriterSetup {
+    /// The pipe or file.
+    pub stream: Arc<StreamOut>,
+    /// The lane's number.
+    pub lane: usize,
+    /// The slots; held for as long as there are any.
+    pub pool: SlotPool,
+    /// The lane's share of the bandwidth cap, in bytes per second.
+    pub bytes_per_s: Option<u64>,
+}
+
+/// A writer's state.
+pub struct Writer {
+    setup: WriterSetup,
+    filled: Consumer<FilledSlot>,
+    free: Producer<Slot>,
+    shared: Arc<Shared>,
+    pacer: Pacer,
+    started: Instant,
+    report: SenderReport,
+}
+
+impl Writer {
+    /// A writer for one lane.
+    pub fn new(
+        setup: WriterSetup,
+        filled: Consumer<FilledSlot>,
+        free: Producer<Slot>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        let pacer = Pacer::new(setup.bytes_per_s);
+        Writer {
+            setup,
+            filled,
+            free,
+            shared,
+            pacer,
+            started: Instant::now(),
+            report: SenderReport::default(),
+        }
+    }
+
+    /// Runs until the mapper is done and everything is written, or until the stream breaks.
+    pub fn run(mut self) -> Result<SenderReport, SendError> {
+        let result = self.write_all();
+        if result.is_err() {
+            self.shared.abort();
+        }
+        self.report.cpu = cpu::thread_cpu_time();
+        result.map(|()| self.report)
+    }
+
+    fn write_all(&mut self) -> Result<(), SendError> {
+        let mut idle = self.shared.idle();
+        let mut slots = Vec::with_capacity(SLOTS_AT_ONCE);
+        loop {
+            if self.shared.is_aborted() {
+                return Err(SendError::Aborted);
+            }
+            match self.filled.pop() {
+                Ok(first) => {
+                    idle.worked();
+                    slots.push(first);
+                    self.write(&mut slots)?;
+                }
+                Err(PopError::Empty) => idle.wait(Duration::MAX),
+                Err(PopError::Closed) => return Ok(()),
+            }
+        }
+    }
+
+    /// Writes the slot in `slots` and what else is there and due, and gives them all back.
+    fn write(&mut self, slots: &mut Vec<FilledSlot>) -> Result<(), SendError> {
+        self.wait_for_turn()?;
+        let mut bytes = 0;
+        loop {
+            let slot_bytes = slots[slots.len() - 1].bytes().len();
+            self.pacer.sent(self.started.elapsed(), slot_bytes as u64);
+            bytes += slot_bytes;
+            if slots.len() == SLOTS_AT_ONCE || !self.pacer.delay(self.started.elapsed()).is_zero() {
+                break;
+            }
+            match self.filled.pop() {
+                Ok(next) => slots.push(next),
+                Err(_) => break,
+            }
+        }
+        self.write_out(slots, bytes)
+    }
+
+    fn write_out(&mut self, slots: &mut Vec<FilledSlot>, bytes: usize) -> Result<(), SendError> {
+        let mut parts = [IoSlice::new(&[]); SLOTS_AT_ONCE];
+        for (part, slot) in parts.iter_mut().zip(&*slots) {
+            *part = IoSlice::new(slot.bytes());
+        }
+        let mut rest = &mut parts[..slots.len()];
+        while !rest.is_empty() {
+            if self.shared.is_aborted() {
+                return Err(SendError::Aborted);
+            }
+            self.report.enters += 1;
+            let wrote = self.setup.stream.write_some(rest, PATIENCE).map_err(SendError::Connection)?;
+            IoSlice::advance_slices(&mut rest, wrote);
+        }
+        let (mut entries, mut data_pages) = (0, 0);
+        for slot in slots.drain(..) {
+            entries += u64::from(slot.payload().entries);
+            data_pages += u64::from(slot.payload().data_pages);
+            let (slot, _) = slot.into_parts();
+            match self.free.push(slot) {
+                Ok(()) | Err(PushError::Closed(_)) => {}
+                Err(PushError::Full(_)) => {
+                    unreachable!("the ring of free slots has room for every slot there is")
+                }
+            }
+        }
+        self.report.bytes.plain_bytes += bytes as u64;
+        let progress = &self.shared.lanes[self.setup.lane];
+        progress.data_pages.fetch_add(data_pages, Ordering::Relaxed);
+        progress.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        progress.entries.fetch_add(entries, Ordering::Release);
+        Ok(())
+    }
+
+    fn wait_for_turn(&mut self) -> Result<(), SendError> {
+        loop {
+            let delay = self.pacer.delay(self.started.elapsed());
+            if delay.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(delay.min(PATIENCE));
+            if self.shared.is_aborted() {
+                return Err(SendError::Aborted);
+            }
+        }
+    }
+}
