@@ -6,6 +6,7 @@ mod bound;
 mod children;
 mod demo;
 mod guest;
+mod inspect;
 mod mirror;
 mod model;
 mod options;
@@ -99,6 +100,8 @@ enum Command {
     Mirror(mirror::MirrorArguments),
     /// Record which pages a process, a command or a guest writes
     Record(record::RecordArguments),
+    /// Check a migration stream by strict rules, say what is in it, and compare it with another
+    Inspect(inspect::InspectArguments),
     /// Show what this host offers
     Probe(probe::ProbeArguments),
 }
@@ -119,6 +122,7 @@ pub fn run() -> ExitCode {
         Command::Bound(arguments) => bound::run(&arguments),
         Command::Mirror(arguments) => mirror::run(&arguments),
         Command::Record(arguments) => record::run(&arguments),
+        Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
     };
     let exit = result.unwrap_or_else(|failure| {

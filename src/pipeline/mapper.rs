@@ -317,3 +317,79 @@ impl<'a> Layout<'a> {
         Some((record.finish(), info))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::PAGE_SIZE;
+    use crate::stream::{DomainHeader, GuestType, HEADER_ROOM, Limits, PageEntry, StreamReader, stream_head};
+
+    /// The entries of a record, read back.
+    fn entries(record: &[u8]) -> Vec<PageEntry> {
+        let domain = DomainHeader { guest: GuestType::X86Hvm, xen_major: 4, xen_minor: 17 };
+        let stream = [&stream_head(&domain)[..], record].concat();
+        let mut reader = StreamReader::open(&stream[..], Limits::new(4096)).unwrap();
+        reader.next_record().unwrap();
+        reader.next_record().unwrap();
+        reader.entries().to_vec()
+    }
+
+    fn entry(pfn: u64, kind: PageKind) -> PageEntry {
+        PageEntry { pfn: Pfn(pfn), kind }
+    }
+
+    /// The record of a batch of which `absent` are not there.
+    fn lay_out(
+        slot: &mut [u8],
+        opens: Option<Chunk>,
+        batch: &[u64],
+        absent: &[u64],
+    ) -> Option<Vec<PageEntry>> {
+        let mut layout = Layout::new(PageRecord::new(slot), opens.as_ref());
+        for pfn in batch {
+            layout.open_up_to(Pfn(*pfn));
+            if !absent.contains(pfn) {
+                layout.push_data(Pfn(*pfn), MapMode::Stage);
+            }
+        }
+        let (range, info) = layout.finish()?;
+        assert_eq!(
+            info.entries as usize,
+            batch.len() - absent.len(),
+            "what only opens the chunk does not count"
+        );
+        Some(entries(&slot[range]))
+    }
+
+    #[test]
+    fn an_opening_record_names_every_page_of_the_chunk_in_order() {
+        let mut slot = vec![0; HEADER_ROOM + BATCH_PAGES * PAGE_SIZE];
+        let whole = Chunk { number: 2, words: [u64::MAX; 8] };
+        let record = lay_out(&mut slot, Some(whole), &[1024, 1030, 1535], &[]).unwrap();
+        assert_eq!(
+            record.iter().map(|entry| entry.pfn.0).collect::<Vec<_>>(),
+            (1024..1536).collect::<Vec<_>>()
+        );
+        let with_data: Vec<_> = record.iter().filter(|entry| entry.kind.carries_data()).collect();
+        assert_eq!(with_data.iter().map(|entry| entry.pfn.0).collect::<Vec<_>>(), [1024, 1030, 1535]);
+    }
+
+    #[test]
+    fn holes_of_a_chunk_are_not_named_and_pages_that_went_away_are_not_allocated() {
+        let mut slot = vec![0; HEADER_ROOM + BATCH_PAGES * PAGE_SIZE];
+        let mut words = [0; 8];
+        words[0] = 0b1110;
+        words[7] = 1 << 63;
+        let chunk = Chunk { number: 0, words };
+        let record = lay_out(&mut slot, Some(chunk), &[2, 3, 400], &[3]).unwrap();
+        let (data, alloc) = (PageKind::NoTab, PageKind::Alloc);
+        // Page 400 has come since the chunk was looked at.
+        assert_eq!(record, [entry(1, alloc), entry(2, data), entry(400, data), entry(511, alloc)]);
+    }
+
+    #[test]
+    fn a_batch_of_pages_that_are_not_there_makes_no_record() {
+        let mut slot = vec![0; HEADER_ROOM + BATCH_PAGES * PAGE_SIZE];
+        assert!(lay_out(&mut slot, None, &[7, 9], &[7, 9]).is_none());
+    }
+}

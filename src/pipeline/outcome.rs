@@ -172,6 +172,17 @@ impl Migration {
         self.transmissions as f64 / self.pages as f64
     }
 
+    /// Total migration time over the least possible on this run.
+    pub fn over_t_star(&self) -> Option<f64> {
+        let bound = self.t_star?.total.as_secs_f64();
+        (bound > 0.0).then(|| self.total.as_secs_f64() / bound)
+    }
+
+    /// Whether the guest stood still no longer than it was allowed to.
+    pub fn converged(&self, budget_ms: f64) -> bool {
+        self.downtime.total().as_secs_f64() * 1e3 <= budget_ms
+    }
+
     /// Transmissions that a later write made useless.
     pub fn wasted(&self) -> u64 {
         // Pages that have gone since the start were not all sent.

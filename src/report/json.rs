@@ -4,8 +4,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{Report, ms, per_gb};
-use crate::forecast::Convergence;
-use crate::pipeline::outcome::Progress;
+use crate::forecast::{Convergence, PolicyKind};
+use crate::pipeline::outcome::{Migration, Progress};
 
 /// One progress line.
 pub fn progress(progress: &Progress) -> Value {
@@ -104,23 +104,36 @@ pub fn mirrored(mirrored: &Mirrored) -> Value {
 /// The line of a finished migration. Times are milliseconds, `pages_*` are pages of 4 KiB, `bytes_*` bytes.
 pub fn report(report: &Report) -> Value {
     let m = &report.migration;
-    let by = &m.by_send;
-    let mut line = json!({
-        "event": "report",
-        "policy": report.policy.to_string(),
+    let own = json!({
         "workload": report.workload,
         "seed": report.seed,
+        "verified": report.verified(),
+        "guest_errors": report.guest.map(|guest| guest.errors),
+        "guest_slowdown": report.slowdown(),
+        "guest": report.guest,
+    });
+    joined(figures(report.policy, report.budget_ms, m), own)
+}
+
+/// The figures of a migration, whatever the guest is.
+pub fn figures(policy: PolicyKind, budget_ms: f64, m: &Migration) -> Value {
+    let by = &m.by_send;
+    let main = json!({
+        "event": "report",
+        "policy": policy.to_string(),
         "tmt_ms": ms(m.total),
         "downtime_ms": ms(m.downtime.total()),
-        "downtime_budget_ms": report.budget_ms,
+        "downtime_budget_ms": budget_ms,
         "t_star_ms": m.t_star.map(|bound| ms(bound.total)),
-        "tmt_over_t_star": report.over_t_star(),
+        "tmt_over_t_star": m.over_t_star(),
         "prepare_ms": ms(m.prepare),
         "pages": m.pages,
+        "page_numbers": m.nr_pfns,
         "pages_sent": m.transmissions,
         "rho": m.rho(),
         "pages_wasted": m.wasted(),
         "pages_zero": m.zero_pages,
+        "pages_absent": m.absent_pages,
         "pages_final": m.final_pages,
         "pages_deferred_most": m.most_deferred,
         "bytes_sent": m.bytes,
@@ -130,17 +143,17 @@ pub fn report(report: &Report) -> Value {
         "bytes_staged": m.staged_bytes,
         "zero_copy_given_up": m.fell_back,
         "send": m.send,
+        "send_calls": m.send_calls,
         "buffers_registered": m.registered,
         "slot_memory": m.slot_backing,
         "stop_reason": m.stop_reason.to_string(),
-        "converged": report.converged(),
-        "verified": report.verified(),
+        "converged": m.converged(budget_ms),
         "samples": m.samples,
         "sampling_ms": ms(m.sampling),
         "link_pages_per_s": m.link_pages_per_s,
         "forecast_bytes": m.forecast_bytes,
     });
-    let extra = json!({
+    let parts = json!({
         "downtime": {
             "suspend_ms": ms(m.downtime.suspend),
             "final_scan_ms": ms(m.downtime.final_scan),
@@ -157,12 +170,14 @@ pub fn report(report: &Report) -> Value {
             "receive": per_gb(m.cpu.receive, m.bytes),
         },
         "convergence": convergence(&m.convergence),
-        "guest_errors": report.guest.map(|guest| guest.errors),
-        "guest_slowdown": report.slowdown(),
-        "guest": report.guest,
     });
-    if let (Value::Object(line), Value::Object(extra)) = (&mut line, extra) {
-        line.extend(extra);
+    joined(main, parts)
+}
+
+/// One object of two.
+pub fn joined(mut line: Value, more: Value) -> Value {
+    if let (Value::Object(line), Value::Object(more)) = (&mut line, more) {
+        line.extend(more);
     }
     line
 }

@@ -47,11 +47,6 @@ pub struct GuestSide {
 }
 
 impl Report {
-    /// Whether the guest stood still no longer than it was allowed to.
-    pub fn converged(&self) -> bool {
-        ms(self.migration.downtime.total()) <= self.budget_ms
-    }
-
     /// Whether every page was compared with the source's at the switch-over and none differed.
     pub fn verified(&self) -> bool {
         self.migration.verified_pages == self.migration.pages
@@ -64,12 +59,6 @@ impl Report {
         let before = self.guest?.writes_per_s_before;
         let live = self.migration.live_writes_per_s?;
         (steady && before > 0.0).then(|| (1.0 - live / before).max(0.0))
-    }
-
-    /// Total migration time over the least possible on this run.
-    pub fn over_t_star(&self) -> Option<f64> {
-        let bound = self.migration.t_star?.total.as_secs_f64();
-        (bound > 0.0).then(|| self.migration.total.as_secs_f64() / bound)
     }
 }
 

@@ -64,6 +64,15 @@ pub fn one(report: &Report) -> String {
     table.to_string()
 }
 
+/// A table of names and values.
+pub fn rows(rows: &[(&str, String)]) -> String {
+    let mut table = plain();
+    for (name, value) in rows {
+        table.add_row([*name, value]);
+    }
+    table.to_string()
+}
+
 /// Why it did not simply converge. Downtimes are those of stopping then, at the speed that the link had last.
 fn convergence_rows(seen: &Convergence, row: &mut dyn FnMut(&str, String)) {
     let downtime = |pages| format!("{:.0} ms", ms(seen.downtime(pages)));
@@ -90,7 +99,7 @@ fn convergence_rows(seen: &Convergence, row: &mut dyn FnMut(&str, String)) {
 }
 
 fn bound_text(report: &Report) -> String {
-    match (report.migration.t_star, report.over_t_star()) {
+    match (report.migration.t_star, report.migration.over_t_star()) {
         (Some(bound), Some(over)) => {
             format!("{:.3} s; this migration took {over:.2} times as long", bound.total.as_secs_f64())
         }
@@ -162,12 +171,12 @@ pub fn side_by_side(reports: &[Report]) -> String {
     for report in reports {
         let m = &report.migration;
         let none = || "-".to_owned();
-        let over = if report.converged() { "" } else { " !" };
+        let over = if report.migration.converged(report.budget_ms) { "" } else { " !" };
         table.add_row([
             report.policy.to_string(),
             format!("{:.3}", m.total.as_secs_f64()),
             m.t_star.map_or_else(none, |bound| format!("{:.3}", bound.total.as_secs_f64())),
-            report.over_t_star().map_or_else(none, |over| format!("{over:.2}")),
+            report.migration.over_t_star().map_or_else(none, |over| format!("{over:.2}")),
             format!("{:.1}{over}", ms(m.downtime.total())),
             m.transmissions.to_string(),
             format!("{:.3}", m.rho()),

@@ -6,6 +6,7 @@
 //! * [`writer`]: lays records out in place, so that page data are copied once at most.
 //! * [`reader`]: the strict reader. A byte that the format does not allow is an error, and each count is bounded
 //!   before memory is taken for it.
+//! * [`image`]: a guest as a stream leaves it, to be compared with another.
 //! * [`error`]: what the reader found wrong, and where.
 //! * [`arena_context`]: what the embedded guest puts where a Xen guest has its HVM context.
 //!
@@ -42,6 +43,7 @@
 pub mod arena_context;
 pub mod error;
 mod headers;
+pub mod image;
 mod order;
 pub mod reader;
 pub mod records;
@@ -57,6 +59,7 @@ mod sample;
 
 pub use arena_context::{ArenaContext, ArenaContextError, Mismatches, page_digest};
 pub use error::{Fault, Place, StreamError};
+pub use image::{Image, unwrap_xl};
 pub use reader::{Limits, Record, StreamReader};
 pub use records::{DomainHeader, GuestType, PageEntry, PageKind, REC_LENGTH_MAX, RecordType, TscInfo};
 pub use writer::{
