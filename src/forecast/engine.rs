@@ -105,6 +105,11 @@ impl Engine {
         &self.convergence
     }
 
+    /// Whether the policy has no use for samples but those that end its rounds.
+    pub fn samples_by_round(&self) -> bool {
+        self.policy.samples_by_round()
+    }
+
     /// Pages that there were at the start.
     pub fn pages(&self) -> u64 {
         self.config.pages

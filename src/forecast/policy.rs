@@ -45,6 +45,11 @@ pub(super) trait Policy: Send {
         None
     }
 
+    /// Whether it has no use for samples but those that end its rounds.
+    fn samples_by_round(&self) -> bool {
+        false
+    }
+
     /// Whether to go on. Asked after every sample and at the end of a round. `convergence` has the readings of the
     /// latest sample and takes what the policy makes of them.
     fn stop(&mut self, view: &View, convergence: &mut Convergence) -> Verdict;

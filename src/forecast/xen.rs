@@ -62,6 +62,10 @@ impl Policy for Xen {
         Some(self.rounds.log())
     }
 
+    fn samples_by_round(&self) -> bool {
+        true
+    }
+
     fn stop(&mut self, view: &View, _: &mut Convergence) -> Verdict {
         self.rounds.stop(view).into()
     }

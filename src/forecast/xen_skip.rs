@@ -77,6 +77,10 @@ impl Policy for XenSkip {
         Some(self.legacy.rounds.log())
     }
 
+    fn samples_by_round(&self) -> bool {
+        true
+    }
+
     fn stop(&mut self, view: &View, _: &mut Convergence) -> Verdict {
         self.legacy.rounds.stop(view).into()
     }

@@ -76,17 +76,25 @@ pub struct Cadence {
     pub live: bool,
     /// Time between two samples.
     pub sample_interval: Duration,
-    /// The share of the time that samples may take; the interval grows to keep to it.
+    /// The share of the time that looks at the log may take: the time between two grows to keep to it, and a policy that
+    /// has no use for samples between its rounds gets none.
     pub share: Option<f64>,
     /// The cap on what is sent, in bytes per second.
     pub bandwidth: Option<u64>,
 }
 
 impl Cadence {
-    /// The time to the next sample after one that took `took`.
-    fn interval(&self, took: Duration) -> Duration {
-        let least = self.share.map_or(Duration::ZERO, |share| took.div_f64(share.max(1e-6)));
-        self.sample_interval.max(least)
+    /// The least time between two looks at the log that take `took` each.
+    fn rest(&self, took: Duration) -> Duration {
+        self.share.map_or(Duration::ZERO, |share| took.div_f64(share.max(1e-6)))
+    }
+
+    /// When the next sample is due after one at `at` that took `took`.
+    fn next_sample(&self, at: Duration, took: Duration, engine: &Engine) -> Duration {
+        if self.share.is_some() && engine.samples_by_round() {
+            return Duration::MAX;
+        }
+        at + self.sample_interval.max(self.rest(took))
     }
 }
 
@@ -121,6 +129,7 @@ pub struct Scanner {
     handed_out: u64,
     rate: LinkRate,
     next_sample: Duration,
+    peeks: Peeks,
     last_sample: Duration,
     samples: u64,
     sampling: Duration,
@@ -154,7 +163,8 @@ impl Scanner {
         let rate = LinkRate::new(cadence.bandwidth);
         let all = Link { pages_per_s: rate.pages_per_s(), in_flight: 0, sent: 0 };
         let downtime_us = engine.forecast_downtime(&all).as_micros() as u64;
-        shared.status.pending.store(nr_pages, Ordering::Relaxed);
+        shared.status.pending.store(engine.pages(), Ordering::Relaxed);
+        let next_sample = cadence.next_sample(Duration::ZERO, Duration::ZERO, &engine);
         shared.status.forecast_downtime_us.store(downtime_us, Ordering::Relaxed);
         Scanner {
             log,
@@ -172,7 +182,8 @@ impl Scanner {
             chosen: Vec::with_capacity(BATCH_PAGES),
             handed_out: 0,
             rate,
-            next_sample: cadence.sample_interval,
+            next_sample,
+            peeks: Peeks::default(),
             last_sample: Duration::ZERO,
             samples: 0,
             sampling: Duration::ZERO,
@@ -211,7 +222,7 @@ impl Scanner {
                 continue;
             }
             let now = self.started.elapsed();
-            // A round's last sample is taken when all of the round is sent, and none in between.
+            // A round's last sample is taken when all of the round is sent.
             let due = if round_over { self.in_flight() == 0 } else { now >= self.next_sample };
             if due {
                 self.sample(false)?;
@@ -302,7 +313,8 @@ impl Scanner {
         self.rate.sample(self.shared.data_pages_sent(), self.shared.entries_sent(), interval);
         self.publish(interval);
         self.last_sample = at;
-        self.next_sample = at + self.cadence.interval(took);
+        self.next_sample = self.cadence.next_sample(at, took, &self.engine);
+        self.peeks.forget();
         Ok(())
     }
 
@@ -334,7 +346,8 @@ impl Scanner {
         self.note_zero_pages();
         self.chosen.clear();
         let link = self.link();
-        let mut peek = LogPeek { log: self.log.as_mut(), failed: None };
+        let cadence = &self.cadence;
+        let mut peek = LogPeek { log: self.log.as_mut(), peeks: &mut self.peeks, cadence, now, failed: None };
         let next = self.engine.next_batch(now, max.clamp(1, BATCH_PAGES), &link, &mut peek, &mut self.chosen);
         if let Some(error) = peek.failed {
             return Err(error);
@@ -457,15 +470,53 @@ impl Scanner {
     }
 }
 
+/// The log as a policy peeks into it. Where looks are limited, one is taken of all of the log and kept until the next may be.
 struct LogPeek<'a> {
     log: &'a mut dyn DirtyLog,
+    peeks: &'a mut Peeks,
+    cadence: &'a Cadence,
+    now: Duration,
     failed: Option<GuestError>,
+}
+
+/// The last look at all of the log, since the sample before.
+#[derive(Default)]
+struct Peeks {
+    seen: Option<PageSet>,
+    next: Duration,
+}
+
+impl Peeks {
+    /// The log was cleared: what was seen in it is in the forecast now.
+    fn forget(&mut self) {
+        if let Some(seen) = &mut self.seen {
+            seen.clear();
+        }
+    }
+}
+
+impl LogPeek<'_> {
+    fn look_at_all(&mut self, nr_pages: u64) -> Result<(), GuestError> {
+        let seen = self.peeks.seen.get_or_insert_with(|| PageSet::empty(nr_pages));
+        if self.now >= self.peeks.next {
+            let since = Instant::now();
+            self.log.peek(0..nr_pages, seen)?;
+            self.peeks.next = self.now + self.cadence.rest(since.elapsed());
+        }
+        Ok(())
+    }
 }
 
 impl Peek for LogPeek<'_> {
     fn peek(&mut self, first: Pfn, count: u64, into: &mut PageSet) {
-        if let Err(error) = self.log.peek(first.0..first.0 + count, into) {
-            self.failed = Some(error);
+        let looked = match self.cadence.share {
+            None => self.log.peek(first.0..first.0 + count, into),
+            Some(_) => self.look_at_all(into.nr_pages()),
+        };
+        match (looked, &self.peeks.seen) {
+            (Err(error), _) => self.failed = Some(error),
+            (Ok(()), Some(seen)) => into.union(seen),
+            (Ok(()), None) => {}
         }
     }
 }

@@ -133,7 +133,7 @@ pub struct Settings {
     /// Time between two samples of the dirty log.
     pub sample_interval: Duration,
     /// The share of the guest's time that sampling may take, from 0 to 1: where a sample takes longer than the interval
-    /// allows for, the next one waits. None: no limit.
+    /// allows for, the next one waits, and policies in rounds take one a round, as Xen does. None: no limit.
     pub sample_share: Option<f64>,
     /// The most to send, in bytes per second.
     pub bandwidth: Option<u64>,
