@@ -11,6 +11,7 @@
 //! * [`ring`], [`slots`]: the lock-free core, model-checked with loom.
 //! * [`scanner`], [`mapper`], [`sender`]: the stages, each a thread that owns what it works on; [`writer`]: the sender of a
 //!   pipe or a file.
+//! * [`dealer`], [`openings`]: how pages get from the scanner into batches of the right lane.
 //! * [`lanes`]: the threads, started and joined; [`live`]: a migration from the first page to the last.
 //! * [`control`]: to another pagecast, from the first connection to the hand-over; [`save`]: into a stream that somebody
 //!   else receives.
@@ -21,6 +22,7 @@
 
 pub mod batch;
 pub mod control;
+pub mod dealer;
 pub mod lanes;
 pub mod live;
 pub mod mapper;

@@ -4,14 +4,14 @@
 //! fed with what the policy ranks highest, never further ahead than the link carries in 20 ms: what has been
 //! handed out can no longer be held back, and has to be waited for at the stop.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
-use super::batch::{BATCH_PAGES, Batch, Chunk};
+use super::batch::{BATCH_PAGES, Batch};
+use super::dealer::{Dealer, Obstacle};
 use super::openings::Openings;
-use super::ring::{Consumer, Producer, PushError};
+use super::ring::{Consumer, Producer};
 use super::shared::Shared;
 use crate::forecast::{Convergence, Engine, Link, Next, Peek, Sample, StopReason, Verdict};
 use crate::guest::{DirtyLog, GuestError};
@@ -114,10 +114,7 @@ pub struct Links {
 pub struct Scanner {
     log: Box<dyn DirtyLog>,
     engine: Engine,
-    openings: Option<Openings>,
-    lanes: Vec<Producer<Batch>>,
-    /// Batches dealt to a lane that have found no room in its ring yet.
-    outbox: VecDeque<(usize, Batch)>,
+    dealer: Dealer,
     zero_notes: Vec<Consumer<Batch>>,
     shared: Arc<Shared>,
     orders: Receiver<Order>,
@@ -169,9 +166,7 @@ impl Scanner {
         Scanner {
             log,
             engine,
-            openings,
-            outbox: VecDeque::with_capacity(BATCH_PAGES + lanes.len()),
-            lanes,
+            dealer: Dealer::new(lanes, openings),
             zero_notes,
             shared,
             orders,
@@ -335,13 +330,14 @@ impl Scanner {
         if in_flight > window {
             return Ok(Fed::WindowFull);
         }
-        if self.lanes.iter().any(Producer::is_closed) {
-            // The mapper is gone, and says why itself.
-            self.shared.abort();
-            return Ok(Fed::Nothing);
-        }
-        if !self.empty_outbox() || self.lanes.iter().any(|lane| lane.free() == 0) {
-            return Ok(Fed::RingFull);
+        match self.dealer.make_room() {
+            Ok(()) => {}
+            Err(Obstacle::Full) => return Ok(Fed::RingFull),
+            Err(Obstacle::Closed) => {
+                // The mapper is gone, and says why itself.
+                self.shared.abort();
+                return Ok(Fed::Nothing);
+            }
         }
         self.note_zero_pages();
         self.chosen.clear();
@@ -359,55 +355,15 @@ impl Scanner {
             Next::Batch => {
                 // A record names its pages in ascending order; within a batch the order is of no other use.
                 self.chosen.sort_unstable();
-                self.hand_out_chosen();
+                self.handed_out += self.chosen.len() as u64;
+                if self.dealer.deal(&self.chosen).is_err() {
+                    self.shared.abort();
+                }
                 Ok(Fed::Pages)
             }
             Next::RoundEnd => Ok(Fed::RoundEnd),
             Next::Idle => Ok(Fed::Nothing),
         }
-    }
-
-    /// Deals the chosen pages, ascending, to the lanes: those of a chunk that nothing was sent of in a batch of their own, which
-    /// opens it.
-    fn hand_out_chosen(&mut self) {
-        let nr_lanes = self.lanes.len();
-        self.handed_out += self.chosen.len() as u64;
-        for lane in 0..nr_lanes {
-            let mut batch = Batch::new();
-            let mut opening: Option<Batch> = None;
-            for pfn in self.chosen.iter().filter(|pfn| pfn.lane(nr_lanes) == lane) {
-                let number = pfn.chunk();
-                if opening.as_ref().and_then(Batch::opens).is_none_or(|chunk| chunk.number != number) {
-                    self.outbox.extend(opening.take().map(|batch| (lane, batch)));
-                    let words = self.openings.as_mut().and_then(|openings| openings.open(number));
-                    opening = words.map(|words| Batch::opening(Chunk { number, words }));
-                }
-                opening.as_mut().unwrap_or(&mut batch).push(*pfn);
-            }
-            self.outbox.extend(opening.map(|batch| (lane, batch)));
-            if !batch.is_empty() {
-                self.outbox.push_back((lane, batch));
-            }
-        }
-        self.empty_outbox();
-    }
-
-    /// Passes on what was dealt, as far as there is room; whether that was all.
-    fn empty_outbox(&mut self) -> bool {
-        while let Some((lane, batch)) = self.outbox.pop_front() {
-            match self.lanes[lane].push(batch) {
-                Ok(()) => {}
-                Err(PushError::Full(batch)) => {
-                    self.outbox.push_front((lane, batch));
-                    return false;
-                }
-                Err(PushError::Closed(_)) => {
-                    self.shared.abort();
-                    return false;
-                }
-            }
-        }
-        true
     }
 
     /// The guest is suspended: dirty, pending and never sent are all that is left; nothing is added any more.
@@ -417,56 +373,9 @@ impl Scanner {
         }
         let last = self.engine.take_pending();
         let _ = self.events.send(Event::FinalSet { pages: last.len() });
-        while let Some((lane, batch)) = self.outbox.pop_front() {
-            if !self.push_patiently(lane, batch) {
-                return Ok(());
-            }
-        }
         self.handed_out += last.len();
-        let nr_lanes = self.lanes.len();
-        let mut open = vec![Batch::new(); nr_lanes];
-        for chunk in last.occupied_chunks() {
-            let lane = Pfn::first_of(chunk).lane(nr_lanes);
-            let mut pages = last.pages_of_chunk(chunk);
-            if let Some(words) = self.openings.as_mut().and_then(|openings| openings.open(chunk)) {
-                let mut batch = Batch::opening(Chunk { number: chunk, words });
-                pages.by_ref().take(BATCH_PAGES).for_each(|pfn| batch.push(pfn));
-                if !self.push_patiently(lane, batch) {
-                    return Ok(());
-                }
-            }
-            for pfn in pages {
-                open[lane].push(pfn);
-                if open[lane].is_full() && !self.push_patiently(lane, std::mem::take(&mut open[lane])) {
-                    return Ok(());
-                }
-            }
-        }
-        for (lane, batch) in open.into_iter().enumerate() {
-            if !batch.is_empty() && !self.push_patiently(lane, batch) {
-                return Ok(());
-            }
-        }
+        self.dealer.deal_last(&last, &self.shared);
         Ok(())
-    }
-
-    /// Pushes a batch when there is room; false if the migration is aborted meanwhile.
-    fn push_patiently(&mut self, lane: usize, mut batch: Batch) -> bool {
-        let mut idle = self.shared.idle();
-        loop {
-            match self.lanes[lane].push(batch) {
-                Ok(()) => return true,
-                Err(PushError::Closed(_)) => {
-                    self.shared.abort();
-                    return false;
-                }
-                Err(PushError::Full(back)) => batch = back,
-            }
-            if self.shared.is_aborted() {
-                return false;
-            }
-            idle.wait(Duration::MAX);
-        }
     }
 }
 
