@@ -16,8 +16,9 @@
 //! * [`sys`]: the home of unsafe code and raw kernel interfaces; elsewhere only the ring, the slot pool and the sender
 //!   have some.
 //! * [`cli`]: one file for each subcommand.
+//! * [`libxl`]: being libxl's save helper: its command line, its messages, and what goes to the stock helper.
 //!
-//! Dependencies point one way: cli, then pipeline, destination and report, then guest, forecast, stream and
+//! Dependencies point one way: cli and libxl, then pipeline, destination and report, then guest, forecast, stream and
 //! transport, then sys.
 #![warn(missing_docs)]
 
@@ -25,6 +26,7 @@ pub mod cli;
 pub mod destination;
 pub mod forecast;
 pub mod guest;
+pub mod libxl;
 pub mod page;
 pub mod page_set;
 pub mod pipeline;

@@ -6,6 +6,7 @@
 pub mod console;
 pub mod cpu;
 pub mod descriptors;
+pub mod exec;
 pub mod fault_cost;
 pub mod guardian;
 pub mod guest_memory;
@@ -14,6 +15,7 @@ pub mod memory_info;
 pub mod pagemap;
 pub mod process_memory;
 pub mod ptrace;
+pub mod signals;
 pub mod simd;
 pub mod slot_memory;
 pub mod socket;
