@@ -49,11 +49,9 @@ const SAMPLE_INTERVAL: Duration = Duration::from_millis(50);
 /// What is configured.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// For the pipeline. `sample_interval` is the longest one that serves the downtime budget; it is to be stretched where
-    /// `sample_share` asks for that.
+    /// For the pipeline. `sample_interval` is the longest one that serves the downtime budget; `sample_share` is more than 0
+    /// and 0.5 at most.
     pub settings: Settings,
-    /// The share of the guest's time that sampling the dirty log may cost it, more than 0 and 0.5 at most.
-    pub sample_share: f64,
     /// The most guest memory to keep mapped, in bytes.
     pub window_bytes: u64,
     /// Where the report goes, a file of JSON.
@@ -141,6 +139,7 @@ impl Options {
             max_time: Duration::from_secs(3600),
             on_no_convergence: OnNoConvergence::Stop,
             sample_interval: SAMPLE_INTERVAL,
+            sample_share: Some(0.02),
             bandwidth: None,
             send: SendMode::Auto,
             // The stream is one descriptor.
@@ -150,14 +149,7 @@ impl Options {
             slots: 16,
             verify: false,
         };
-        Options {
-            settings,
-            sample_share: 0.02,
-            window_bytes: 1 << 30,
-            report: None,
-            summary: None,
-            stock_helper: None,
-        }
+        Options { settings, window_bytes: 1 << 30, report: None, summary: None, stock_helper: None }
     }
 
     fn take_file(&mut self, path: &Path, text: &str, cores: &[usize]) -> Result<(), ConfigError> {
@@ -222,7 +214,7 @@ impl Options {
             "bandwidth" => settings.bandwidth = units::rate(text)?,
             "deadline" => settings.max_time = at_least_a_millisecond(text)?,
             "on_no_convergence" => settings.on_no_convergence = word(text)?,
-            "sample_share" => self.sample_share = share(text)?,
+            "sample_share" => self.settings.sample_share = Some(share(text)?),
             "pin" => settings.pins = Pins::parse(text, &Pins::among(cores, 1), cores)?,
             "slots" => settings.slots = slots(text)?,
             "send" => settings.send = word(text)?,

@@ -40,7 +40,7 @@ fn every_key_is_taken_from_the_file_and_variables_win() {
     assert_eq!(settings.on_no_convergence, OnNoConvergence::Abort);
     assert_eq!(settings.pins, Pins { map: vec![0], scan: 1, send: vec![2] });
     assert_eq!((settings.slots, settings.send, settings.lanes), (8, SendMode::Copy, 1));
-    assert_eq!((options.sample_share, options.window_bytes), (0.05, 64 << 20));
+    assert_eq!((options.settings.sample_share, options.window_bytes), (Some(0.05), 64 << 20));
     let path = |template: Option<PathTemplate>| template.unwrap().fill(3, std::time::UNIX_EPOCH);
     assert_eq!(path(options.report), Path::new("/var/log/3.json"));
     assert_eq!(path(options.summary), Path::new("/var/log/3.txt"));
@@ -72,7 +72,7 @@ fn every_key_is_taken_from_the_file_and_variables_win() {
     assert_eq!(settings.on_no_convergence, OnNoConvergence::Throttle);
     assert_eq!(settings.pins, Pins { scan: 3, ..Pins::among(&CORES, 1) });
     assert_eq!((settings.slots, settings.send), (32, SendMode::Staged));
-    assert_eq!((options.sample_share, options.window_bytes), (0.01, 2 << 30));
+    assert_eq!((options.settings.sample_share, options.window_bytes), (Some(0.01), 2 << 30));
     assert_eq!((options.report, options.summary, options.stock_helper), (None, None, None));
 }
 
