@@ -95,6 +95,11 @@ pub trait GuestControl {
 pub trait DirtyLog: Send {
     /// Adds to `dirty` the pages written since the last call, and clears the log.
     fn get_and_clear(&mut self, dirty: &mut PageSet) -> Result<(), GuestError>;
+    /// The same for the last time, once the guest is suspended. A log that may have missed something while the guest ran
+    /// makes up for it here.
+    fn get_and_clear_last(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        self.get_and_clear(dirty)
+    }
     /// Adds to `dirty` the pages of `range` written since the last get-and-clear, and leaves the log as it is.
     fn peek(&mut self, range: Range<u64>, dirty: &mut PageSet) -> Result<(), GuestError>;
 }
@@ -106,6 +111,8 @@ pub enum PageContent {
     Data,
     /// Zeroes only.
     Zero,
+    /// There is no page here now, so there is nothing to send.
+    Absent,
 }
 
 /// The pages of a guest: what a mapper reads.

@@ -119,6 +119,10 @@ impl Mapper {
                 MapMode::Reference => self.source.inspect(*pfn),
             };
             match (content, self.mode) {
+                (PageContent::Absent, _) => {
+                    record.push_empty(*pfn, PageKind::Xtab);
+                    continue;
+                }
                 (PageContent::Zero, _) => {
                     record.push_empty(*pfn, PageKind::Alloc);
                     self.zero_pages += 1;
