@@ -231,7 +231,6 @@ impl ForeignMapping {
         on_unmap: Box<dyn FnOnce() + Send>,
     ) -> io::Result<Self> {
         tally.note(Call::Mmap);
-        tally.note(Call::MapBatch);
         let (none, anonymous) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no existing memory.
         let base =
@@ -309,7 +308,7 @@ mod tests {
         let pages = [Some(0), Some(1), None];
         drop(ForeignMapping::of_file(memory.fd(), &pages, &tally, on_unmap).unwrap());
         let counts = tally.counts();
-        assert_eq!((counts.mmap, counts.munmap, counts.map_batch), (1, 1, 1));
+        assert_eq!((counts.mmap, counts.munmap), (1, 1));
         assert_eq!((counts.frames_mapped, counts.frames_refused), (2, 1));
         assert_eq!(gone.load(std::sync::atomic::Ordering::Relaxed), 1);
     }
