@@ -6,6 +6,7 @@
 
 pub mod arena;
 pub mod process;
+pub mod xen;
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -16,6 +17,7 @@ use crate::page_set::PageSet;
 use crate::stream::records::DomainHeader;
 use crate::sys::TrackingError;
 use crate::sys::guest_memory::GuestMemory;
+use xen::XenError;
 
 /// What can go wrong with a guest.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +25,9 @@ pub enum GuestError {
     /// Its dirty log does not work.
     #[error(transparent)]
     Tracking(#[from] TrackingError),
+    /// Xen, or what it said about the domain.
+    #[error(transparent)]
+    Xen(#[from] XenError),
     /// It does not answer.
     #[error("the guest at {socket} does not answer: {source}")]
     Unreachable {

@@ -21,6 +21,7 @@ pub mod slot_memory;
 pub mod socket;
 pub mod uring;
 pub mod userfaultfd;
+pub mod xen;
 
 use std::io;
 

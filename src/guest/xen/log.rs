@@ -1,0 +1,143 @@
+//! The dirty log of a Xen domain. Each sample pauses the domain for as long as Xen takes to copy the whole bitmap.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use super::XenError;
+use super::discovery::{DiscoveryCost, discover_again};
+use super::domain::FinalMapping;
+use super::population::Asker;
+use super::shared::{Shared, lock};
+use crate::guest::{DirtyLog, GuestError};
+use crate::page::Pfn;
+use crate::page_set::PageSet;
+
+/// The most new page numbers that are asked for when a guest's space has grown.
+const MAX_GROWTH: u64 = 1 << 20;
+
+/// What the last sample found out.
+pub(super) type LastDiscovery = Arc<Mutex<Option<DiscoveryCost>>>;
+
+/// A domain's dirty log.
+pub struct XenDirtyLog {
+    shared: Arc<Shared>,
+    final_mapping: FinalMapping,
+    last_discovery: LastDiscovery,
+}
+
+impl XenDirtyLog {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        final_mapping: FinalMapping,
+        last_discovery: LastDiscovery,
+    ) -> Self {
+        XenDirtyLog { shared, final_mapping, last_discovery }
+    }
+
+    /// Pages dirty since the last get-and-clear, without their names. No bitmap is copied, but the domain is paused.
+    pub fn dirty_count(&self) -> Result<u32, XenError> {
+        Ok(self.shared.hypervisor.dirty_count(self.shared.domid, self.shared.nr_pfns)?)
+    }
+
+    /// Looks whether the guest has given up or got pages since the last sample, and begins a new epoch if so. To be done
+    /// before the log is cleared: what the guest has got by then is logged from the clearing on.
+    fn note_ballooning(&self) -> Result<(), XenError> {
+        let shared = &self.shared;
+        let tot_pages = shared.hypervisor.domain_info(shared.domid)?.tot_pages;
+        if shared.note_tot_pages(tot_pages) {
+            shared.begin_epoch();
+            if !shared.logs_p2m_changes {
+                shared.population().mark_let_go_unlogged();
+            }
+        }
+        Ok(())
+    }
+
+    fn clean(&self, last: bool, dirty: &mut PageSet) -> Result<(), XenError> {
+        let shared = &self.shared;
+        let take = &mut |words: &[u64]| dirty.insert_bitmap(words);
+        shared.hypervisor.clean(shared.domid, shared.nr_pfns, last, take)?;
+        Ok(())
+    }
+
+    fn sample(&self, dirty: &mut PageSet) -> Result<(), XenError> {
+        self.shared.check()?;
+        self.note_ballooning()?;
+        self.clean(false, dirty)?;
+        self.shared.population().take_unlogged(dirty);
+        Ok(())
+    }
+
+    fn last_sample(&self, dirty: &mut PageSet) -> Result<(), XenError> {
+        let shared = &self.shared;
+        shared.check()?;
+        self.note_ballooning()?;
+        if self.final_mapping == FinalMapping::Always {
+            shared.begin_epoch();
+        }
+        self.clean(true, dirty)?;
+        self.check_growth()?;
+        if shared.has_ballooned() {
+            for lane in shared.each_lane() {
+                lock(&lane).settle(shared)?;
+            }
+            let epoch = shared.epoch();
+            let mut population = shared.population();
+            let came = &mut |pfn| {
+                dirty.insert(pfn);
+            };
+            let hypervisor = shared.hypervisor.as_ref();
+            let cost = discover_again(hypervisor, shared.domid, &mut population, epoch, came)?;
+            *self.last_discovery.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(cost);
+        }
+        shared.population().take_unlogged(dirty);
+        Ok(())
+    }
+
+    /// Sees to it that no page lies beyond what the log covers: the page-number space was fixed at the start.
+    fn check_growth(&self) -> Result<(), XenError> {
+        let Shared { hypervisor, domid, nr_pfns, .. } = &*self.shared;
+        let now = hypervisor.maximum_gpfn(*domid)?.saturating_add(1);
+        let grown = XenError::Grown { domid: *domid, nr_pfns: *nr_pfns };
+        if now.saturating_sub(*nr_pfns) > MAX_GROWTH {
+            return Err(grown);
+        }
+        let mut found = false;
+        let beyond = (*nr_pfns..now).map(Pfn);
+        Asker::new().ask(hypervisor.as_ref(), *domid, beyond, |_, there| found |= there)?;
+        if found { Err(grown) } else { Ok(()) }
+    }
+}
+
+impl DirtyLog for XenDirtyLog {
+    fn get_and_clear(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        Ok(self.sample(dirty)?)
+    }
+
+    fn get_and_clear_last(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        Ok(self.last_sample(dirty)?)
+    }
+
+    fn peek(&mut self, range: Range<u64>, dirty: &mut PageSet) -> Result<(), GuestError> {
+        let shared = &self.shared;
+        let end = range.end.min(shared.nr_pfns);
+        if range.start >= end {
+            return Ok(());
+        }
+        // There is no form for a range that begins elsewhere than at 0.
+        let take = &mut |words: &[u64]| {
+            for index in range.start / 64..end.div_ceil(64) {
+                let mut word = words[index as usize];
+                while word != 0 {
+                    let page = index * 64 + u64::from(word.trailing_zeros());
+                    word &= word - 1;
+                    if (range.start..end).contains(&page) {
+                        dirty.insert(Pfn(page));
+                    }
+                }
+            }
+        };
+        shared.hypervisor.peek(shared.domid, end, take).map_err(XenError::from)?;
+        Ok(())
+    }
+}
