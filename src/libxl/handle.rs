@@ -41,7 +41,7 @@ pub enum LibxlError {
 /// A question that an abort cuts short stays asked. Libxl counts on its answer being read: if this process ended, or said
 /// that it was done, while libxl works on a question, libxl would afterwards answer into a closed pipe and complete the
 /// operation a second time (`libxl__xc_domain_saverestore_async_callback_done`). So the next question, if only that of
-/// [`Libxl::complete`], first waits for the answer that is still to come.
+/// `complete`, first waits for the answer that is still to come.
 #[derive(Debug)]
 pub struct Libxl {
     talk: Mutex<Talk>,
