@@ -7,7 +7,7 @@
 //! * `messages`, `channel`, [`handle`]: the conversation: bytes, pipes, and what a saver sees of it.
 //! * [`abort`]: SIGTERM and its like.
 //! * [`config`]: how to migrate, which xl cannot say.
-//! * [`save`]: what whoever saves domains is given and gives back; [`dom0`]: whether any can be.
+//! * [`save`]: what whoever saves domains is given and gives back; [`dom0`]: whether any can be; `xen_save`: who does.
 //! * [`report_file`]: the files that tell how it went.
 //! * [`stock`]: Xen's own save helper, for everything else.
 //!
@@ -25,6 +25,7 @@ mod messages;
 pub mod report_file;
 pub mod save;
 pub mod stock;
+mod xen_save;
 
 use std::any::Any;
 use std::ffi::OsString;
@@ -40,6 +41,7 @@ pub use arguments::{Invocation, recognise};
 pub use handle::Libxl;
 pub use messages::{Level, MAX_TEXT};
 pub use save::{SaveDomain, SaveError, SaveReport, SaveRequest};
+pub use xen_save::save_domain;
 
 use arguments::{Flags, SaveArguments};
 use channel::Channel;

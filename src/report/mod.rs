@@ -7,6 +7,7 @@ pub mod plot;
 pub mod progress;
 pub mod recording;
 pub mod replay;
+pub mod saved;
 pub mod summary;
 pub mod table;
 
