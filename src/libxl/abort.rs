@@ -47,6 +47,12 @@ impl Abort {
         self.raise(LIBXL_GONE);
     }
 
+    /// Raises it as SIGTERM would.
+    #[cfg(test)]
+    pub(super) fn raise_for_test(&self) {
+        self.raise(libc::SIGTERM);
+    }
+
     fn raise(&self, by: i32) {
         if self.0.by.compare_exchange(NOBODY, by, Ordering::Release, Ordering::Relaxed).is_ok() {
             self.0.raised.store(true, Ordering::Release);

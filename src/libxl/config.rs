@@ -132,7 +132,8 @@ impl Options {
         Ok(options)
     }
 
-    fn defaults(cores: &[usize]) -> Self {
+    /// What holds where nothing is configured.
+    pub(super) fn defaults(cores: &[usize]) -> Self {
         let settings = Settings {
             policy: PolicyKind::Ar,
             downtime_budget: Duration::from_millis(300),

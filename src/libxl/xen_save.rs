@@ -202,3 +202,6 @@ impl Observer for Display<'_> {
         self.libxl.progress(what, self.percent, 100);
     }
 }
+
+#[cfg(test)]
+mod tests;
