@@ -97,13 +97,16 @@ impl Setup {
     }
 }
 
+/// What libxl has to tell: what the domain held when it was suspended, if it was, and the log.
+type Told = (Option<BTreeMap<u64, Vec<u8>>>, String);
+
 /// Reads messages and answers what wants an answer.
 fn start_libxl(
     simulated: Arc<Simulated>,
     answers: Answers,
     mut messages: File,
     mut to_answer: File,
-) -> JoinHandle<(Option<BTreeMap<u64, Vec<u8>>>, String)> {
+) -> JoinHandle<Told> {
     std::thread::spawn(move || {
         let (mut image, mut log) = (None, String::new());
         let mut len = [0; 2];
@@ -238,7 +241,7 @@ fn a_live_save_brings_every_page_as_it_was_at_the_stop_under_every_policy() {
             let image = assert_whole(&attempt);
             assert_eq!(image.tally.hole_entries, 0, "{policy}: holes are not sent");
             assert_eq!(image.tally.whole_chunks, 4000 / 512, "{policy}: each full chunk is named at once");
-            assert_eq!((image.domain.xen_major, image.domain.xen_minor), (4, u32::from(version.minor)));
+            assert_eq!((image.domain.xen_major, image.domain.xen_minor), (4, version.minor));
             assert_eq!(report.report["pages"], 4008, "{policy}");
             assert!(!simulated.guest().is_logging());
         }
