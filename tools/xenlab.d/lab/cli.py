@@ -1,10 +1,11 @@
 """The command line of the lab."""
 
 import argparse
+import dataclasses
 import signal
 import sys
 
-from . import images, jobs, packages
+from . import guest, images, jobs, packages, trials
 from .cache import Cache
 from .errors import LabError
 from .lab import MOST_HOSTS, Lab
@@ -61,7 +62,7 @@ def parser():
     command("status", status, "show which hosts stand and which domains they run")
     run = command("run", run_command, "run a command in a host's dom0, with its output and its exit code")
     host_argument(run)
-    run.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], help="set a variable for it; repeatable")
+    env_argument(run, "it")
     run.add_argument("--timeout", metavar="SECONDS", type=float, help="kill it then, and exit with 124")
     run.add_argument("command", nargs="+", help="the command, after `--`")
     put = command("put", put_file, "copy a file into a host's dom0, its mode with it")
@@ -72,6 +73,18 @@ def parser():
     host_argument(get)
     get.add_argument("name")
     get.add_argument("file")
+    create = command("create", create_guest, "start the guest on a host, in place of one that is there")
+    host_argument(create)
+    guest_arguments(create)
+    command("guest", show_guest, "show where the guest is and what it says about itself")
+    test = command("migrate-test", migrate_test, "migrate the guest back and forth, save and restore it; boots a lab if none stands")
+    test.add_argument("--helper", metavar="PATH", help="the save helper at the source (default: the stock one)")
+    test.add_argument("--count", metavar="N", type=int, default=10, help="migrations in a row (default: 10)")
+    test.add_argument("--no-save", action="store_true", help="no save and restore after them")
+    test.add_argument("--verify", action="store_true", help="have verify-stream-v2 read the saved stream")
+    test.add_argument("--keep", action="store_true", help="leave the lab standing")
+    env_argument(test, "the helper")
+    guest_arguments(test)
     command("down", take_down, "end the hosts and take their network away")
     return top
 
@@ -79,6 +92,35 @@ def parser():
 def host_argument(command):
     """The host that a command is for."""
     command.add_argument("host", metavar="HOST", help="h1 or h2")
+
+
+def env_argument(command, whom):
+    """Variables for what runs in dom0."""
+    text = f"set a variable for {whom}; repeatable"
+    command.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], help=text)
+
+
+def guest_arguments(command):
+    """The guest's settings, by the names and with the defaults that they have everywhere."""
+    defaults = guest.Settings()
+    workloads = ["idle", "kv", "uniform", "sweep", "gc", "phases", "storm"]
+    command.add_argument("--workload", choices=workloads, default=defaults.workload)
+    for name, text in {
+        "memory-mib": "the domain's memory",
+        "used-mib": "what its program works on",
+        "rate": "page writes per second, 0 for as fast as they go",
+        "seed": "chooses contents and random operations",
+        "zero-percent": "share of the 2 MiB chunks that are never written",
+        "report-ms": "time between two reports",
+    }.items():
+        default = getattr(defaults, name.replace("-", "_"))
+        command.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{text} (default: {default})")
+
+
+def settings_of(options):
+    """The guest's settings as they were given."""
+    names = [field.name for field in dataclasses.fields(guest.Settings)]
+    return guest.Settings(**{name: getattr(options, name) for name in names})
 
 
 def environment_of(settings):
@@ -136,6 +178,38 @@ def put_file(lab, options):
 def get_file(lab, options):
     """`get`"""
     jobs.get(lab.host(options.host), options.name, options.file)
+
+
+def create_guest(lab, options):
+    """`create`"""
+    for host in lab.hosts():
+        guest.destroy(host)
+    report = guest.create(lab.host(options.host), settings_of(options))
+    print(" ".join(f"{name}={value}" for name, value in report.items()))
+
+
+def show_guest(lab, _options):
+    """`guest`"""
+    host = guest.find(lab.hosts())
+    console = guest.read(host)
+    print(f"on {host.name}")
+    for line in [*console.errors, *console.panics]:
+        print(line)
+    since = guest.asked_last(lab.cache)
+    last = console.last()
+    if last:
+        longest = max((report["silence_ms"] for report in console.since(since)), default=0)
+        print(" ".join(f"{name}={value}" for name, value in last.items()))
+        print(f"longest silence since asked last: {longest} ms")
+        guest.note_asked(lab.cache, last["seq"])
+    return 1 if console.errors or console.panics or (last and last["errors"]) else 0
+
+
+def migrate_test(lab, options):
+    """`migrate-test`"""
+    if options.count < 1:
+        raise LabError("--count: at least 1")
+    trials.migrate_test(lab, options, settings_of(options), environment_of(options.env))
 
 
 def take_down(lab, _options):

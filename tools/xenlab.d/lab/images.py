@@ -17,7 +17,7 @@ XEN_PYTHON = "usr/lib/xen-4.17/lib/python"
 PYTHON = "usr/lib/python3.11"
 
 DOM0_PROGRAMS = [
-    *[f"{XEN_BIN}/{name}" for name in ("xl", "xenstored", "xenconsoled", "xen-init-dom0", "libxl-save-helper")],
+    *[f"{XEN_BIN}/{name}" for name in ("xl", "xenstored", "xenconsoled", "xen-init-dom0", "libxl-save-helper", "xentop")],
     "usr/bin/xenstore",
     "usr/bin/socat",
     "usr/bin/strace",
