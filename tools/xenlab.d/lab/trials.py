@@ -1,0 +1,117 @@
+"""`migrate-test`: many migrations in a row under load, then a save and a restore, unattended."""
+
+import os
+import subprocess
+import sys
+
+from . import guest, jobs, migration
+from .errors import LabError
+from .migration import Helper
+from .tables import mebibytes, table
+
+HELPER = "/root/save-helper"
+HEADS = ["#", "what", "seconds", "silence ms", "pages sent", "MiB on the wire", "helper CPU s", "guest's errors"]
+
+
+class Standing:
+    """Two hosts for as long as the body runs; a lab that stands already is used and left standing."""
+
+    def __init__(self, lab, keep):
+        self.lab = lab
+        self.ours = not lab.hosts()
+        self.keep = keep
+
+    def __enter__(self):
+        if self.ours:
+            self.lab.up(2)
+        return [self.lab.host("h1"), self.lab.host("h2")]
+
+    def __exit__(self, kind, _error, _trace):
+        if kind:
+            self.lab.keep_consoles()
+        if self.ours and not self.keep:
+            self.lab.down()
+
+
+def install(hosts, path):
+    """Puts a save helper into each dom0; returns its name there, None for the stock one."""
+    if not path:
+        return None
+    if not os.access(path, os.X_OK):
+        raise LabError(f"the save helper {path} is not there or may not be executed")
+    for host in hosts:
+        jobs.put(host, path, HELPER)
+    return HELPER
+
+
+def migrate_test(lab, options, settings, environment):
+    """Runs the test; prints a line for each migration as it comes and the table at the end."""
+    records = []
+    with Standing(lab, options.keep) as hosts:
+        helper = Helper(install(hosts, options.helper), environment)
+        for host in hosts:
+            guest.destroy(host)
+        lab.say(f"starting the guest: {settings.workload}, {settings.memory_mib} MiB, {settings.rate} page writes/s")
+        guest.create(hosts[0], settings)
+        try:
+            for number in range(options.count):
+                source, destination = hosts[number % 2], hosts[(number + 1) % 2]
+                records.append(migration.migrate(lab, source, destination, helper))
+                tell(lab, records)
+            if not options.no_save:
+                host = hosts[options.count % 2]
+                records.append(migration.save_and_restore(host, helper))
+                tell(lab, records)
+                keep_stream(lab, host, options.verify)
+        finally:
+            if records:
+                print(table(HEADS, rows(records)), flush=True)
+    done = f"{options.count} migrations" + ("" if options.no_save else ", a save and a restore")
+    print(f"{done}: no error in the guest's memory")
+
+
+def tell(lab, records):
+    """A word on the migration just done."""
+    one = records[-1]
+    lab.say(f"{len(records)}: {one.what}: {one.seconds} s, silence {one.silence_ms} ms, {one.errors} errors")
+
+
+def rows(records):
+    """The table's rows."""
+    return [
+        [
+            number,
+            one.what,
+            one.seconds,
+            one.silence_ms,
+            one.pages,
+            mebibytes(one.wire_bytes),
+            one.helper_cpu_s,
+            one.errors,
+        ]
+        for number, one in enumerate(records, start=1)
+    ]
+
+
+def keep_stream(lab, host, verify):
+    """Fetches the saved stream out of dom0, where it takes memory, and has Xen's own verifier read it."""
+    lab.cache.results.mkdir(parents=True, exist_ok=True)
+    kept = lab.cache.results / "guest.save"
+    jobs.get(host, migration.SAVED, kept)
+    jobs.must(host, f"rm {migration.SAVED}")
+    lab.say(f"the saved stream is {kept}")
+    if verify:
+        verify_stream(lab.cache, kept)
+        lab.say("verify-stream-v2 accepts it")
+
+
+def verify_stream(cache, stream):
+    """Runs Xen's verifier, from the unpacked package, on a stream of xl's format."""
+    xen = cache.debian / "usr/lib/xen-4.17"
+    environment = dict(os.environ, PYTHONPATH=str(xen / "lib/python"), PYTHONDONTWRITEBYTECODE="1")
+    done = subprocess.run(
+        [sys.executable, xen / "bin/verify-stream-v2", "-f", "xl", "-i", stream], env=environment, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        said = (done.stderr + done.stdout).strip().splitlines() or ["nothing"]
+        raise LabError(f"verify-stream-v2 rejects {stream}: {said[-1]}")
