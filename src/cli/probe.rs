@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Exit, Failure};
 use crate::guest::arena::host::try_tracking;
+use crate::guest::xen;
 use crate::sys::slot_memory::SlotMemory;
 use crate::sys::{console, cpu, memory_info, uring};
 
@@ -17,10 +18,25 @@ pub struct ProbeArguments {
     /// One JSON object instead of a table
     #[arg(long)]
     json: bool,
+    /// Look at this Xen domain as well: its pages, policies, and what can be done with them. Only reads, but for turning
+    /// its dirty logging on and off
+    #[arg(long, value_name = "DOMID")]
+    domain: Option<u16>,
+    /// Version of Xen's domctl interface, where it is not that of the release (decimal or 0x...)
+    #[arg(long, value_name = "VERSION", value_parser = interface_version)]
+    domctl_version: Option<u32>,
+}
+
+fn interface_version(text: &str) -> Result<u32, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    number.map_err(|_| format!("{text} is no version number"))
 }
 
 pub fn run(arguments: &ProbeArguments) -> Result<Exit, Failure> {
-    let findings = findings();
+    let findings = findings(arguments);
     if arguments.json {
         let object: Map<String, Value> =
             findings.iter().map(|(name, value)| (name.replace(' ', "_"), json!(value))).collect();
@@ -36,7 +52,7 @@ pub fn run(arguments: &ProbeArguments) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-fn findings() -> Vec<(&'static str, String)> {
+fn findings(arguments: &ProbeArguments) -> Vec<(&'static str, String)> {
     let kernel = rustix::system::uname();
     let cores = match cpu::allowed_cores() {
         Ok(cores) => format!("{} usable: {}", cores.len(), list(&cores)),
@@ -59,7 +75,7 @@ fn findings() -> Vec<(&'static str, String)> {
             Err(error) => format!("no: {error}"),
         },
     ));
-    findings.push(("xen", xen()));
+    findings.extend(xen(arguments));
     findings
 }
 
@@ -120,13 +136,22 @@ fn slots() -> String {
     }
 }
 
-fn xen() -> String {
-    if !Path::new("/proc/xen").exists() && !Path::new("/dev/xen").exists() {
-        return "no: this is not a Xen host; try `pagecast demo`".to_owned();
+fn xen(arguments: &ProbeArguments) -> Vec<(&'static str, String)> {
+    let there = |path: &&str| Path::new(path).exists();
+    if !["/proc/xen", "/dev/xen"].iter().any(there) && arguments.domain.is_none() {
+        return vec![("xen", "no: this is not a Xen host; try `pagecast demo`".to_owned())];
     }
-    let privcmd = ["/dev/xen/privcmd", "/proc/xen/privcmd"].into_iter().find(|path| Path::new(path).exists());
-    match privcmd {
-        Some(path) => format!("{path} is there"),
-        None => "this is Xen, but privcmd is missing; load the module xen-privcmd".to_owned(),
+    xen::probe::findings(arguments.domain, arguments.domctl_version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_version_is_decimal_or_hexadecimal() {
+        assert_eq!(interface_version("0x17"), Ok(0x17));
+        assert_eq!(interface_version("23"), Ok(23));
+        assert!(interface_version("17h").is_err() && interface_version("0x").is_err());
     }
 }

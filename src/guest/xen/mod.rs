@@ -5,6 +5,7 @@
 //! * [`pages`]: the pages, read through [`windows`] that are kept.
 //! * [`discovery`]: which of a million page numbers have a page.
 //! * [`hypervisor`]: the seam to Xen, which a simulation can take.
+//! * [`probe`]: what a host and a domain offer.
 //!
 //! What always holds: a page's dirty bit is cleared before the page is read, a frame that is not mapped is never touched,
 //! and dirty logging ends with the domain's [`domain::XenDomain`], however that ends.
@@ -16,6 +17,7 @@ pub mod hypervisor;
 pub mod log;
 pub mod pages;
 mod population;
+pub mod probe;
 mod records;
 mod shared;
 pub mod windows;
