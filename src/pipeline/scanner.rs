@@ -256,7 +256,11 @@ impl Scanner {
     /// Asks the forecast whether to go on, and tells control if anything is to be done; whether pre-copy ends.
     fn heed_verdict(&mut self) -> bool {
         let throttle_percent = self.engine.convergence().throttle_percent();
-        let event = match self.engine.verdict(self.started.elapsed(), &self.link()) {
+        let now = self.started.elapsed();
+        let sent = self.shared.data_pages_sent();
+        // What the link can do must be known before it is told how long it would take for the rest.
+        let link = Link { pages_per_s: self.rate.proved(sent, now), ..self.link() };
+        let event = match self.engine.verdict(now, &link) {
             Verdict::Throttle(percent) if percent != throttle_percent => Event::Throttle(percent),
             Verdict::Continue | Verdict::Throttle(_) => return false,
             Verdict::Stop(reason) => Event::Stop(reason),
@@ -267,14 +271,17 @@ impl Scanner {
         ends
     }
 
+    /// Pages handed out and not yet sent.
     fn in_flight(&self) -> u64 {
         self.handed_out.saturating_sub(self.shared.entries_sent() + self.shared.absent())
     }
 
+    /// The link as the forecast sees it: what a pipe holds is still to go.
     fn link(&self) -> Link {
+        let buffered = self.shared.bytes_buffered() / WIRE_BYTES_PER_PAGE as u64;
         Link {
             pages_per_s: self.rate.pages_per_s(),
-            in_flight: self.in_flight(),
+            in_flight: self.in_flight() + buffered,
             sent: self.shared.data_pages_sent(),
         }
     }
@@ -468,6 +475,14 @@ impl LinkRate {
         }
     }
 
+    /// The speed as far as it was seen: before anything was measured, what was sent in all the time, be it too little.
+    fn proved(&self, data_pages_sent: u64, elapsed: Duration) -> f64 {
+        match self.measured {
+            Some(_) => self.pages_per_s(),
+            None => data_pages_sent as f64 / elapsed.as_secs_f64().max(1e-6),
+        }
+    }
+
     fn pages_per_s(&self) -> f64 {
         match (self.cap, self.measured) {
             (Some(cap), Some(measured)) => cap.min(measured),
@@ -481,6 +496,17 @@ impl LinkRate {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_speed_that_nobody_has_seen_proves_nothing() {
+        let mut rate = LinkRate::new(None);
+        assert_eq!(rate.proved(0, Duration::from_millis(50)), 0.0);
+        rate.sample(0, 0, Duration::from_millis(50));
+        assert_eq!(rate.proved(100, Duration::from_millis(200)), 500.0);
+        assert_eq!(rate.pages_per_s(), FIRST_GUESS_PAGES_PER_S, "it is handed out by");
+        rate.sample(200, 200, Duration::from_millis(100));
+        assert_eq!(rate.proved(200, Duration::from_millis(300)), 2000.0);
+    }
 
     #[test]
     fn stretches_of_zero_pages_are_not_taken_for_a_slow_link() {

@@ -1,9 +1,11 @@
 //! What the stages tell each other beside the rings: counters, a snapshot for the display, and the word to stop.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use crossbeam::utils::CachePadded;
+
+use super::sync::{AtomicBool, Ordering, yield_now};
 
 /// What a lane has put on the wire so far. Written by its sender (`absent`: by its mapper), read by everybody.
 #[derive(Default)]
@@ -16,6 +18,8 @@ pub struct LaneProgress {
     pub bytes: AtomicU64,
     /// Pages handed out that were not there.
     pub absent: AtomicU64,
+    /// Bytes sent that the other end of a pipe had not taken when they were last counted.
+    pub buffered: AtomicU64,
 }
 
 /// What the scanner knew at its last sample. Written by the scanner, read by control for the display.
@@ -72,6 +76,11 @@ impl Shared {
         self.lanes.iter().map(|lane| lane.absent.load(Ordering::Relaxed)).sum()
     }
 
+    /// Bytes that wait in pipes, over all lanes.
+    pub fn bytes_buffered(&self) -> u64 {
+        self.lanes.iter().map(|lane| lane.buffered.load(Ordering::Relaxed)).sum()
+    }
+
     /// Pages sent with data, over all lanes.
     pub fn data_pages_sent(&self) -> u64 {
         self.lanes.iter().map(|lane| lane.data_pages.load(Ordering::Relaxed)).sum()
@@ -114,7 +123,9 @@ impl Idle {
 
     /// Sleeps for `nap`, or for a moment if the stage must not sleep.
     pub fn sleep(&self, nap: Duration) {
-        if self.spin {
+        if cfg!(loom) {
+            yield_now();
+        } else if self.spin {
             std::hint::spin_loop();
         } else {
             std::thread::sleep(nap);

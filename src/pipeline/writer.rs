@@ -143,6 +143,7 @@ impl Writer {
         let progress = &self.shared.lanes[self.setup.lane];
         progress.data_pages.fetch_add(data_pages, Ordering::Relaxed);
         progress.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        progress.buffered.store(self.setup.stream.buffered(), Ordering::Relaxed);
         progress.entries.fetch_add(entries, Ordering::Release);
         Ok(())
     }

@@ -77,6 +77,14 @@ impl StreamOut {
         self.kind
     }
 
+    /// Bytes that a pipe holds; 0 for anything else.
+    pub fn buffered(&self) -> u64 {
+        match self.kind {
+            Kind::Pipe { .. } => rustix::io::ioctl_fionread(&self.fd).unwrap_or(0),
+            _ => 0,
+        }
+    }
+
     /// Writes as much of `parts` as there is room for now, waiting `patience` at most for there to be any; 0 if there is none.
     pub fn write_some(&self, parts: &[IoSlice], patience: Duration) -> io::Result<usize> {
         if self.kind != Kind::File && !self.has_room(patience)? {
@@ -147,6 +155,7 @@ mod tests {
         drop(kept);
         let parts = [IoSlice::new(b"mig"), IoSlice::new(b"ration")];
         assert_eq!(out.write_some(&parts, Duration::from_secs(1)).unwrap(), 9);
+        assert_eq!(out.buffered(), 9);
         drop(out);
         let mut read = String::new();
         reader.read_to_string(&mut read).unwrap();
