@@ -3,6 +3,7 @@
 //!
 //! * [`proc`]: what /proc says of a process. [`areas`]: the stretches of memory worth tracking.
 //! * [`attach`]: one process, attached to. [`ids`]: page numbers for memory that comes and goes.
+//! * [`followed`]: its registered mappings and their page map.
 //! * [`tracker`]: one or many attached processes, followed round by round: what `pagecast record` records.
 //! * [`control`], [`log`], [`image`]: the same as a source guest for `pagecast mirror`: its power, its dirty log, its pages.
 //!
@@ -11,6 +12,7 @@
 pub mod areas;
 pub mod attach;
 pub mod control;
+pub mod followed;
 pub mod ids;
 pub mod image;
 pub mod log;

@@ -11,20 +11,18 @@
 //! What a recording tells of a mapping in its first round is everything populated in it. In private memory a page counts again when
 //! it is newly populated; in shared memory, where a mere reader populates its own mapping, only when it is written.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::io;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::time::Duration;
 
-use super::areas::{self, Area, Backing, Wanted};
+use super::areas::{self, Wanted};
 use super::attach::Attachment;
-use super::ids::{Full, Ids, Place, Stretch};
+use super::followed::Process;
+use super::ids::Ids;
 use super::proc::{self, Stat};
-use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
+use crate::page::{CHUNK_PAGES, Pfn};
 use crate::page_set::PageSet;
 use crate::sys::TrackingError;
-use crate::sys::pagemap::{Pagemap, scan_error};
-use crate::sys::userfaultfd::{NotRegistered, Userfaultfd};
 
 /// Processes followed at a time.
 const MAX_PROCESSES: usize = 4096;
@@ -91,7 +89,7 @@ pub struct Seen {
 
 /// What a round asks the page maps.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum How {
+pub enum How {
     /// What was written.
     Written,
     /// What is populated, and what of that was written.
@@ -187,8 +185,7 @@ impl Tracker {
         self.toll.attached += 1;
         self.toll.stopped += attachment.stopped;
         self.toll.stopped_most = self.toll.stopped_most.max(attachment.stopped);
-        let last = attachment.stat;
-        self.processes.push(Process { attachment, space: self.spaces, areas: BTreeMap::new(), last });
+        self.processes.push(Process::new(attachment, self.spaces));
         self.spaces += 1;
     }
 
@@ -276,160 +273,6 @@ impl Toll {
             cpu: self.cpu + now.cpu.saturating_sub(then.cpu),
             ..self
         }
-    }
-}
-
-struct Process {
-    attachment: Attachment,
-    /// The number of its address space.
-    space: u32,
-    /// What is registered, by where it begins.
-    areas: BTreeMap<u64, Tracked>,
-    /// As it was when last looked at.
-    last: Stat,
-}
-
-/// An area that is registered, but for the mappings that cannot be.
-struct Tracked {
-    area: Area,
-    parts: Vec<Part>,
-}
-
-struct Part {
-    range: Range<u64>,
-    /// Whether the log of it was cleared once.
-    armed: bool,
-}
-
-impl Process {
-    /// Takes note of the areas that there are now, and registers the new ones. True: shared memory is no longer mapped where
-    /// it was, and with the mapping went the knowledge of what was written through it last.
-    fn follow(&mut self, listed: Vec<Area>, toll: &mut Toll) -> bool {
-        let mut before = std::mem::take(&mut self.areas);
-        for area in listed {
-            let start = area.range.start;
-            let tracked = match before.remove(&start) {
-                Some(tracked) if tracked.area.range == area.range && tracked.area.backing == area.backing => {
-                    tracked
-                }
-                _ => Tracked { parts: register(&self.attachment.uffd, &area, toll), area },
-            };
-            self.areas.insert(start, tracked);
-        }
-        before.values().any(|gone| gone.area.backing != Backing::Private)
-    }
-
-    /// Tells what its page map says.
-    fn take(&mut self, how: How, ids: &mut Ids, found: &mut dyn FnMut(&Seen)) -> Result<(), TrackingError> {
-        let (uffd, pagemap, pid) = (&self.attachment.uffd, &mut self.attachment.pagemap, self.attachment.pid);
-        for tracked in self.areas.values_mut() {
-            let area = &tracked.area;
-            let shared = area.backing != Backing::Private;
-            let mut full = Ok(());
-            let mut number = |from: u64, to: u64, written: bool| {
-                let stretch = stretch(self.space, area, from, to);
-                let numbered = ids.number(stretch, &mut |first, count, page| {
-                    let va = stretch.va + (page - stretch.page) * PAGE_SIZE as u64;
-                    found(&Seen { first, count, written, shared, pid, va });
-                });
-                if numbered.is_err() {
-                    full = numbered;
-                }
-            };
-            let mut scanned = Ok(());
-            tracked.parts.retain_mut(|part| {
-                let mut result = part.take(area.backing, how, pagemap, &mut number);
-                if result.as_ref().is_err_and(is_not_registered) {
-                    // Another mapping has come in the place of the one that was registered.
-                    part.armed = false;
-                    if uffd.register_in_target(part.range.clone()).is_err() {
-                        return false;
-                    }
-                    result = part.take(area.backing, how, pagemap, &mut number);
-                }
-                match result {
-                    Err(error) if is_not_registered(&error) => return false,
-                    Err(error) => scanned = Err(error),
-                    Ok(()) => {}
-                }
-                true
-            });
-            full.map_err(|error: Full| TrackingError::Target(error.to_string()))?;
-            match scanned {
-                // The process has ended under our hands.
-                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
-                other => other.map_err(scan_error)?,
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Part {
-    fn take(
-        &mut self,
-        backing: Backing,
-        how: How,
-        pagemap: &mut Pagemap,
-        found: &mut dyn FnMut(u64, u64, bool),
-    ) -> io::Result<()> {
-        let (start, end) = (self.range.start, self.range.end);
-        match (backing, self.armed, how) {
-            (Backing::Private, _, How::Written) => {
-                pagemap.take_written_present(start, end, &mut |from, to| found(from, to, true))?;
-            }
-            (Backing::Private, _, How::Populated) => pagemap.take_populated(start, end, found)?,
-            // With its holes armed too, a page that is only read through this mapping does not count as written.
-            (Backing::Shared { .. }, true, _) => {
-                pagemap.take_written(start, end, &mut |from, to| found(from, to, true))?;
-                if how == How::Populated {
-                    pagemap.present(start, end, &mut |from, to| found(from, to, false))?;
-                }
-            }
-            // Armed first, then told: what is written in between is told twice rather than never.
-            (Backing::Shared { .. }, false, _) => {
-                pagemap.take_written(start, end, &mut |_, _| {})?;
-                pagemap.present(start, end, &mut |from, to| found(from, to, true))?;
-            }
-        }
-        self.armed = true;
-        Ok(())
-    }
-}
-
-fn is_not_registered(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EPERM)
-}
-
-/// Registers an area as a whole if that goes, or else mapping by mapping. Gives what is registered.
-fn register(uffd: &Userfaultfd, area: &Area, toll: &mut Toll) -> Vec<Part> {
-    let part = |range: &Range<u64>| Part { range: range.clone(), armed: false };
-    if uffd.register_in_target(area.range.clone()).is_ok() {
-        return vec![part(&area.range)];
-    }
-    let mut parts = Vec::new();
-    for piece in &area.pieces {
-        match uffd.register_in_target(piece.clone()) {
-            Ok(()) => parts.push(part(piece)),
-            Err(NotRegistered::Gone) => {}
-            Err(NotRegistered::Busy | NotRegistered::Unsuitable) => toll.skipped_mappings += 1,
-        }
-    }
-    parts
-}
-
-fn stretch(space: u32, area: &Area, from: u64, to: u64) -> Stretch {
-    let page = PAGE_SIZE as u64;
-    let (from, to) = (from.max(area.range.start), to.min(area.range.end));
-    let count = to.saturating_sub(from) / page;
-    match area.backing {
-        Backing::Private => Stretch { place: Place::Space(space), page: from / page, count, va: from },
-        Backing::Shared { object: (device, inode), offset } => Stretch {
-            place: Place::Object(device, inode),
-            page: (offset + (from - area.range.start)) / page,
-            count,
-            va: from,
-        },
     }
 }
 
