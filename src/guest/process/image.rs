@@ -9,9 +9,11 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
+use super::diagnosis::digest;
+use super::history::{History, ZEROES};
 use super::tracker::{Seen, Toll};
 use crate::guest::{PageContent, PageSource};
-use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn, is_zero};
+use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
 use crate::page_set::{CHUNK_WORDS, PageSet};
 use crate::sys::guest_memory::GuestMemory;
 use crate::sys::process_memory::{self, MAX_PAGES};
@@ -33,6 +35,7 @@ pub struct Image {
     unread: Mutex<HashSet<u64>>,
     processes: Mutex<Vec<i32>>,
     toll: Mutex<Toll>,
+    history: History,
 }
 
 impl Image {
@@ -46,12 +49,18 @@ impl Image {
             unread: Mutex::new(HashSet::new()),
             processes: Mutex::new(Vec::new()),
             toll: Mutex::new(Toll::default()),
+            history: History::new(nr_pages),
         }
     }
 
     /// Size of the number space.
     pub fn nr_pages(&self) -> u64 {
         self.nr_pages
+    }
+
+    /// What has become of its pages.
+    pub fn history(&self) -> &History {
+        &self.history
     }
 
     /// Pages populated at the last survey.
@@ -162,12 +171,14 @@ pub struct ImagePages {
     bytes: Vec<u8>,
     /// How much of that was asked for.
     taken: usize,
+    /// Surveys that were over when it was read.
+    surveys: u32,
 }
 
 impl ImagePages {
     /// The pages of `image`.
     pub fn new(image: Arc<Image>) -> Self {
-        ImagePages { image, ahead: Vec::new(), bytes: vec![0; MAX_PAGES * PAGE_SIZE], taken: 0 }
+        ImagePages { image, ahead: Vec::new(), bytes: vec![0; MAX_PAGES * PAGE_SIZE], taken: 0, surveys: 0 }
     }
 
     /// Calls `look` with every page of the image, ascending, and whether it could be read.
@@ -188,8 +199,19 @@ impl ImagePages {
     }
 }
 
+impl ImagePages {
+    /// Reads one page; None if it cannot be read. What was read ahead is lost.
+    pub fn read_again(&mut self, pfn: Pfn) -> Option<&[u8]> {
+        self.ahead.clear();
+        let mut could_be_read = true;
+        self.image.read(&[pfn], &mut self.bytes, &mut |_| could_be_read = false);
+        could_be_read.then(|| &self.bytes[..PAGE_SIZE])
+    }
+}
+
 impl PageSource for ImagePages {
     fn gather(&mut self, pfns: &[Pfn]) {
+        self.surveys = self.image.history.surveys();
         self.taken = 0;
         self.ahead.clear();
         self.ahead.extend(pfns.iter().take(MAX_PAGES).filter(|pfn| self.image.is_populated(**pfn)));
@@ -203,11 +225,14 @@ impl PageSource for ImagePages {
     fn copy(&mut self, pfn: Pfn, into: &mut [u8; PAGE_SIZE]) -> PageContent {
         if self.ahead.get(self.taken) != Some(&pfn) {
             // Not populated when it was gathered.
+            self.image.history.sent(pfn, ZEROES, self.surveys);
             return PageContent::Zero;
         }
         let page = &self.bytes[self.taken * PAGE_SIZE..][..PAGE_SIZE];
         self.taken += 1;
-        if is_zero(page) {
+        let digest = digest(pfn, page);
+        self.image.history.sent(pfn, digest, self.surveys);
+        if digest == ZEROES {
             return PageContent::Zero;
         }
         into.copy_from_slice(page);

@@ -56,13 +56,14 @@ impl DirtyLog for ImageLog {
             dirty.union(shared);
         }
         now.union(shared);
-        for gone in self.before.iter().filter(|pfn| !now.contains(*pfn)) {
+        for gone in without(&self.before, now) {
             dirty.insert(gone);
         }
         for unread in image.take_unread() {
             dirty.insert(Pfn(unread));
         }
         image.populate(now);
+        image.history().survey(dirty, without(now, &self.before));
         std::mem::swap(&mut self.before, &mut self.now);
         Ok(())
     }
@@ -85,4 +86,11 @@ impl DirtyLog for ImageLog {
         }
         Ok(())
     }
+}
+
+/// The pages of one set that are not in another.
+fn without<'a>(set: &'a PageSet, other: &'a PageSet) -> impl Iterator<Item = Pfn> + 'a {
+    let differs = |chunk: &usize| set.chunk_words(*chunk) != other.chunk_words(*chunk);
+    let pages = |chunk| set.pages_of_chunk(chunk).filter(|pfn| !other.contains(*pfn));
+    set.occupied_chunks().filter(differs).flat_map(pages)
 }

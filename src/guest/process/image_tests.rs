@@ -1,0 +1,118 @@
+//! An image has, page for page, what its processes have: everything in it that changes is told by the log, whatever the way
+//! in which it changes.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::areas::Wanted;
+use super::diagnosis::{Suspects, digest};
+use super::history::ZEROES;
+use super::image::{Image, ImagePages};
+use super::log::ImageLog;
+use super::tracker::{Choice, MOST_CHUNKS, Tracker};
+use crate::guest::{DirtyLog, PageSource};
+use crate::page::{PAGE_SIZE, Pfn};
+use crate::page_set::PageSet;
+use crate::sys::TrackingError;
+use crate::sys::ptrace::specimen::Specimen;
+
+const CHOICE: Choice = Choice {
+    wanted: Wanted { min_bytes: 1 << 20, shared: true, stack: false, read_only: false },
+    children: true,
+    max_chunks: MOST_CHUNKS,
+};
+
+/// A copy of a specimen's memory that is kept as the far side of a migration keeps it: what is dirty is read and sent.
+struct Mirror {
+    image: Arc<Image>,
+    /// The addresses of the regions of the specimen that count: it has stacks, too, that change when they like.
+    regions: Vec<Range<u64>>,
+    log: ImageLog,
+    pages: ImagePages,
+}
+
+impl Mirror {
+    /// Of regions by address and pages. None, with a word, where the machine does not allow it.
+    fn start(specimen: &Specimen, regions: &[(u64, u64)], test: &str) -> Option<Self> {
+        let tracker = match Tracker::attach(specimen.pid(), CHOICE) {
+            Ok(tracker) => tracker,
+            Err(error @ (TrackingError::Kernel(_) | TrackingError::Rights(_))) => {
+                eprintln!("SKIPPED: {test}: {error}");
+                return None;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let image = Arc::new(Image::new(128 * 512));
+        let log = ImageLog::new(tracker, image.clone());
+        let regions =
+            regions.iter().map(|(start, pages)| *start..*start + pages * PAGE_SIZE as u64).collect();
+        let mut mirror = Mirror { image: image.clone(), regions, log, pages: ImagePages::new(image) };
+        mirror.follow();
+        Some(mirror)
+    }
+
+    /// A sample, and what it found dirty is sent. Gives how many pages that were.
+    fn follow(&mut self) -> u64 {
+        let mut dirty = PageSet::empty(self.image.nr_pages());
+        self.log.get_and_clear(&mut dirty).unwrap();
+        for pfn in dirty.iter() {
+            self.pages.gather(&[pfn]);
+            self.pages.copy(pfn, &mut [0; PAGE_SIZE]);
+        }
+        dirty.len()
+    }
+
+    /// Pages of the regions, and those that were sent and have no place any more.
+    fn counts(&self, pfn: Pfn) -> bool {
+        match self.image.place(pfn) {
+            Some((_, va)) => self.regions.iter().any(|region| region.contains(&va)),
+            None => self.image.history().past(pfn).sent != ZEROES,
+        }
+    }
+
+    /// What would be said of the pages that were last sent otherwise than they are now.
+    fn differences(&mut self) -> Vec<String> {
+        let mut suspects = Suspects::default();
+        let counted: Vec<Pfn> = (0..self.image.nr_pages()).map(Pfn).filter(|pfn| self.counts(*pfn)).collect();
+        for pfn in counted {
+            let now = self.pages.read_again(pfn).map(|page| digest(pfn, page));
+            suspects.look(&self.image, pfn, now);
+        }
+        suspects.explain(&self.image, &mut self.pages)
+    }
+}
+
+#[test]
+fn an_explanation_names_where_a_page_is_mapped_and_what_has_become_of_it() {
+    let test = "an_explanation_names_where_a_page_is_mapped_and_what_has_become_of_it";
+    let mut specimen = Specimen::start(false);
+    let shared = specimen.ask("share 1024")[0];
+    let own = specimen.ask("own 1024")[0];
+    specimen.ask("touch 0 5 1 1");
+    specimen.ask("touch 1 7 1 20");
+    let child = specimen.ask("child 0 6 1 1024 0")[0];
+    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024), (own, 1024)], test) else { return };
+    assert_eq!(mirror.differences(), [""; 0]);
+    specimen.ask("touch 0 5 1 1");
+    let said = mirror.differences();
+    let (pid, page) = (specimen.pid(), shared + 5 * PAGE_SIZE as u64);
+    assert_eq!(said.len(), 1, "{said:?}");
+    for part in [
+        "shared memory (/dev/zero, page 0x5 of it)".to_owned(),
+        format!("{pid} at {page:#x}"),
+        format!("{child} at {page:#x}"),
+        "first populated in survey 1 of 1, dirty in 1, the last 1".to_owned(),
+        "last read to be sent after survey 1".to_owned(),
+        "what it was sent as is outdated".to_owned(),
+    ] {
+        assert!(said[0].contains(&part), "{part} is not in {said:?}");
+    }
+    mirror.follow();
+    assert_eq!(mirror.differences(), [""; 0]);
+    specimen.ask("touch 1 7 1 20");
+    let said = mirror.differences();
+    assert_eq!((said.len(), said[8].as_str()), (9, "12 more pages differ"));
+    let place = format!("private memory (anonymous) of process {pid} at {:#x}", own + 7 * PAGE_SIZE as u64);
+    assert!(said[0].contains(&place), "{place} is not in {said:?}");
+    specimen.ask(&format!("end {child}"));
+}
