@@ -51,15 +51,15 @@ impl Mirror {
         Some(mirror)
     }
 
-    /// A sample, and what it found dirty is sent. Gives how many pages that were.
-    fn follow(&mut self) -> u64 {
+    /// A sample, and what it found dirty is sent. Gives how many pages of the regions that were.
+    fn follow(&mut self) -> usize {
         let mut dirty = PageSet::empty(self.image.nr_pages());
         self.log.get_and_clear(&mut dirty).unwrap();
         for pfn in dirty.iter() {
             self.pages.gather(&[pfn]);
             self.pages.copy(pfn, &mut [0; PAGE_SIZE]);
         }
-        dirty.len()
+        dirty.iter().filter(|pfn| self.counts(*pfn)).count()
     }
 
     /// Pages of the regions, and those that were sent and have no place any more.
@@ -68,6 +68,13 @@ impl Mirror {
             Some((_, va)) => self.regions.iter().any(|region| region.contains(&va)),
             None => self.image.history().past(pfn).sent != ZEROES,
         }
+    }
+
+    /// The first bytes of the pages of the regions that are not all zeroes.
+    fn contents(&mut self) -> Vec<u8> {
+        let counted: Vec<Pfn> = (0..self.image.nr_pages()).map(Pfn).filter(|pfn| self.counts(*pfn)).collect();
+        let first = |pfn| self.pages.read_again(pfn).map(|page| page[0]);
+        counted.into_iter().filter_map(first).filter(|byte| *byte != 0).collect()
     }
 
     /// What would be said of the pages that were last sent otherwise than they are now.
@@ -115,4 +122,22 @@ fn an_explanation_names_where_a_page_is_mapped_and_what_has_become_of_it() {
     let place = format!("private memory (anonymous) of process {pid} at {:#x}", own + 7 * PAGE_SIZE as u64);
     assert!(said[0].contains(&place), "{place} is not in {said:?}");
     specimen.ask(&format!("end {child}"));
+}
+
+#[test]
+fn shared_memory_that_is_first_touched_by_a_mere_reader_is_sent_then() {
+    let test = "shared_memory_that_is_first_touched_by_a_mere_reader_is_sent_then";
+    let mut specimen = Specimen::start(false);
+    let shared = specimen.ask("share 1024")[0];
+    specimen.ask("touch 0 5 1 1");
+    // The memory stays, but for the page tables nobody has touched it.
+    specimen.ask("drop 0 5 1");
+    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024)], test) else { return };
+    assert_eq!(specimen.ask("look 0 5 1 1"), [1]);
+    mirror.follow();
+    assert_eq!(mirror.contents(), [1]);
+    assert_eq!(mirror.differences(), [""; 0]);
+    // Once.
+    specimen.ask("look 0 5 1 1");
+    assert_eq!(mirror.follow(), 0);
 }

@@ -1,8 +1,10 @@
 //! The dirty log of a process image: a survey for each sample.
 //!
-//! Besides what was written, a page is dirty that was populated and is so no more: it reads as zeroes now. Memory that can
-//! be shared keeps its contents without being mapped, so there a page once seen stays. And when a process ends, what it
-//! wrote last to shared memory has gone unseen: all of that is dirty then.
+//! Besides what was written, a page is dirty that was populated and is so no more: it reads as zeroes now. And one that was
+//! not populated and is: shared memory has contents that no process followed has touched, such as what one that has ended
+//! wrote, and is populated by whoever first reads it, which is no write. Memory that can be shared keeps its contents
+//! without being mapped, so there a page once seen stays. And when a process ends, what it wrote last to shared memory has
+//! gone unseen: all of that is dirty then.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -56,8 +58,8 @@ impl DirtyLog for ImageLog {
             dirty.union(shared);
         }
         now.union(shared);
-        for gone in without(&self.before, now) {
-            dirty.insert(gone);
+        for changed in without(&self.before, now).chain(without(now, &self.before)) {
+            dirty.insert(changed);
         }
         for unread in image.take_unread() {
             dirty.insert(Pfn(unread));
