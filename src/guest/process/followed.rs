@@ -8,7 +8,7 @@ use super::areas::{Area, Backing};
 use super::attach::Attachment;
 use super::ids::{Full, Ids, Place, Stretch};
 use super::proc::Stat;
-use super::tracker::{How, Seen, Toll};
+use super::tracker::{How, Saw, Seen, Toll};
 use crate::page::PAGE_SIZE;
 use crate::sys::TrackingError;
 use crate::sys::pagemap::{Pagemap, scan_error};
@@ -76,9 +76,10 @@ impl Process {
             let mut full = Ok(());
             let mut number = |from: u64, to: u64, written: bool| {
                 let stretch = stretch(self.space, area, from, to);
+                let what = if written { Saw::Written } else { Saw::Populated };
                 let numbered = ids.number(stretch, &mut |first, count, page| {
-                    let va = stretch.va + (page - stretch.page) * PAGE_SIZE as u64;
-                    found(&Seen { first, count, written, shared, pid, va });
+                    let va = stretch.address(page);
+                    found(&Seen { first, count, what, shared, pid, va });
                 });
                 if numbered.is_err() {
                     full = numbered;
@@ -107,6 +108,13 @@ impl Process {
                 // The process has ended under our hands.
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
                 other => other.map_err(scan_error)?,
+            }
+            if shared && how == How::Populated {
+                let stretch = stretch(self.space, area, area.range.start, area.range.end);
+                ids.known(stretch, &mut |first, count, page| {
+                    let va = stretch.address(page);
+                    found(&Seen { first, count, what: Saw::Mapped, shared, pid, va });
+                });
             }
         }
         Ok(())

@@ -141,3 +141,46 @@ fn shared_memory_that_is_first_touched_by_a_mere_reader_is_sent_then() {
     specimen.ask("look 0 5 1 1");
     assert_eq!(mirror.follow(), 0);
 }
+
+#[test]
+fn shared_memory_that_only_an_ended_process_had_touched_is_read_through_another_mapping() {
+    let test = "shared_memory_that_only_an_ended_process_had_touched_is_read_through_another_mapping";
+    let mut specimen = Specimen::start(false);
+    let shared = specimen.ask("share 2048")[0];
+    let child = specimen.ask("child 0 5 1 2048 0")[0];
+    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 2048)], test) else { return };
+    assert_eq!(mirror.contents(), [1]);
+    specimen.ask(&format!("end {child}"));
+    mirror.follow();
+    assert_eq!((mirror.contents(), mirror.differences()), (vec![1], vec![]));
+}
+
+#[test]
+fn a_page_is_read_through_a_mapping_that_has_it_where_mappings_differ() {
+    let test = "a_page_is_read_through_a_mapping_that_has_it_where_mappings_differ";
+    let mut specimen = Specimen::start(false);
+    let shared = specimen.ask("share 2048")[0];
+    specimen.ask("touch 0 400 1 1");
+    let child = specimen.ask("child 0 5 1 300 0")[0];
+    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 2048)], test) else { return };
+    assert_eq!((mirror.contents(), mirror.differences()), (vec![1, 1], vec![]));
+    specimen.ask("release 0 0 300");
+    mirror.follow();
+    assert_eq!((mirror.contents(), mirror.differences()), (vec![1, 1], vec![]));
+    specimen.ask(&format!("end {child}"));
+}
+
+#[test]
+fn shared_memory_that_nobody_maps_any_more_reads_as_zeroes_whatever_comes_in_its_place() {
+    let test = "shared_memory_that_nobody_maps_any_more_reads_as_zeroes_whatever_comes_in_its_place";
+    let mut specimen = Specimen::start(false);
+    let (first, second) = (specimen.ask("share 1024")[0], specimen.ask("share 1024")[0]);
+    specimen.ask("touch 0 5 1 3");
+    specimen.ask("touch 1 6 1 3");
+    let Some(mut mirror) = Mirror::start(&specimen, &[(first, 1024), (second, 1024)], test) else { return };
+    specimen.ask("release 0 0 1024");
+    specimen.ask("renew 1 0 1024");
+    specimen.ask("touch 1 6 1 1");
+    mirror.follow();
+    assert_eq!((mirror.contents(), mirror.differences()), (vec![1], vec![]));
+}

@@ -3,14 +3,15 @@
 //! Besides what was written, a page is dirty that was populated and is so no more: it reads as zeroes now. And one that was
 //! not populated and is: shared memory has contents that no process followed has touched, such as what one that has ended
 //! wrote, and is populated by whoever first reads it, which is no write. Memory that can be shared keeps its contents
-//! without being mapped, so there a page once seen stays. And when a process ends, what it wrote last to shared memory has
+//! without being touched, so there a page once seen stays as long as somebody maps it. And when a process ends, what it wrote last to shared memory has
 //! gone unseen: all of that is dirty then.
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::homes::Homes;
 use super::image::Image;
-use super::tracker::Tracker;
+use super::tracker::{Saw, Tracker};
 use crate::guest::{DirtyLog, GuestError};
 use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
@@ -24,32 +25,48 @@ pub struct ImageLog {
     before: PageSet,
     /// Populated at this one.
     now: PageSet,
-    /// Pages of shared memory seen so far.
+    /// Pages of shared memory seen so far that somebody maps.
     shared: PageSet,
+    /// Pages of shared memory that somebody maps now.
+    mapped: PageSet,
+    /// Where pages can be read now.
+    homes: Homes,
 }
 
 impl ImageLog {
     /// The log of what `tracker` tracks.
     pub fn new(tracker: Tracker, image: Arc<Image>) -> Self {
-        let empty = PageSet::empty(image.nr_pages());
-        ImageLog { tracker, image, before: empty.clone(), now: empty.clone(), shared: empty }
+        let (empty, homes) = (PageSet::empty(image.nr_pages()), Homes::new(image.nr_pages()));
+        let (before, now, shared) = (empty.clone(), empty.clone(), empty.clone());
+        ImageLog { tracker, image, before, now, shared, mapped: empty, homes }
     }
 }
 
 impl DirtyLog for ImageLog {
     fn get_and_clear(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
         let (image, now, shared) = (&self.image, &mut self.now, &mut self.shared);
+        let (mapped, homes) = (&mut self.mapped, &mut self.homes);
         now.clear();
+        mapped.clear();
+        homes.clear();
         let found = self.tracker.survey(&mut |seen| {
-            image.settle(seen);
+            homes.note(seen);
+            if seen.what == Saw::Mapped {
+                mapped.insert_run(seen.first, seen.count);
+                return;
+            }
             now.insert_run(seen.first, seen.count);
             if seen.shared {
                 shared.insert_run(seen.first, seen.count);
             }
-            if seen.written {
+            if seen.what == Saw::Written {
                 dirty.insert_run(seen.first, seen.count);
             }
         })?;
+        let given_up: Vec<Pfn> = without(shared, mapped).collect();
+        for pfn in given_up {
+            shared.remove(pfn);
+        }
         image.note_processes(self.tracker.pids(), self.tracker.toll());
         if found.alive == 0 {
             return Err(TrackingError::Target("the process has ended".to_owned()).into());
@@ -64,6 +81,7 @@ impl DirtyLog for ImageLog {
         for unread in image.take_unread() {
             dirty.insert(Pfn(unread));
         }
+        image.settle(homes);
         image.populate(now);
         image.history().survey(dirty, without(now, &self.before));
         std::mem::swap(&mut self.before, &mut self.now);

@@ -6,6 +6,7 @@
 //! * [`followed`]: its registered mappings and their page map.
 //! * [`tracker`]: one or many attached processes, followed round by round: what `pagecast record` records.
 //! * [`control`], [`log`], [`image`]: the same as a source guest for `pagecast mirror`: its power, its dirty log, its pages.
+//!   [`homes`]: where those are to be read.
 //! * [`history`], [`diagnosis`]: what has become of each page, and why one differs if it does.
 //!
 //! The target runs on when the tracking ends, in whatever way: nothing of it is held but descriptors.
@@ -16,6 +17,7 @@ pub mod control;
 pub mod diagnosis;
 pub mod followed;
 pub mod history;
+pub mod homes;
 pub mod ids;
 pub mod image;
 #[cfg(all(test, target_arch = "x86_64"))]

@@ -70,15 +70,27 @@ pub struct Found {
     pub ended: bool,
 }
 
-/// A run of pages that a survey found populated.
+/// What a survey saw of a run of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Saw {
+    /// Populated, and written since the survey before.
+    Written,
+    /// Populated.
+    Populated,
+    /// Part of a mapping of shared memory: whether populated or not, it can be read there. Told of pages only that are in a
+    /// chunk of which something was ever populated.
+    Mapped,
+}
+
+/// A run of pages that a survey saw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seen {
     /// The first page's id.
     pub first: Pfn,
     /// How many, within one chunk.
     pub count: u64,
-    /// Written since the survey before.
-    pub written: bool,
+    /// What of it.
+    pub what: Saw,
     /// Memory that others may map too.
     pub shared: bool,
     /// Through whose mapping it was seen.
@@ -137,7 +149,7 @@ impl Tracker {
         })
     }
 
-    /// Tells all populated pages, and which of them were written since the survey before.
+    /// Tells all populated pages, and which of them were written since the survey before, and the mappings of shared memory.
     pub fn survey(&mut self, found: &mut dyn FnMut(&Seen)) -> Result<Found, TrackingError> {
         self.take(How::Populated, found)
     }
