@@ -184,3 +184,16 @@ fn shared_memory_that_nobody_maps_any_more_reads_as_zeroes_whatever_comes_in_its
     mirror.follow();
     assert_eq!((mirror.contents(), mirror.differences()), (vec![1], vec![]));
 }
+
+#[test]
+fn shared_memory_that_is_punched_out_is_told() {
+    let test = "shared_memory_that_is_punched_out_is_told";
+    let mut specimen = Specimen::start(false);
+    let shared = specimen.ask("share 1024")[0];
+    specimen.ask("touch 0 5 1 2");
+    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024)], test) else { return };
+    mirror.follow();
+    specimen.ask("punch 0 5 1");
+    mirror.follow();
+    assert_eq!((mirror.contents(), mirror.differences()), (vec![1], vec![]));
+}

@@ -1,10 +1,13 @@
 //! The dirty log of a process image: a survey for each sample.
 //!
-//! Besides what was written, a page is dirty that was populated and is so no more: it reads as zeroes now. And one that was
-//! not populated and is: shared memory has contents that no process followed has touched, such as what one that has ended
-//! wrote, and is populated by whoever first reads it, which is no write. Memory that can be shared keeps its contents
-//! without being touched, so there a page once seen stays as long as somebody maps it. And when a process ends, what it wrote last to shared memory has
-//! gone unseen: all of that is dirty then.
+//! Besides what was written, a page is dirty that
+//!
+//! * was populated and is so no more: it reads as zeroes now;
+//! * was not populated and is: shared memory has contents that no process followed has touched, such as what one that has
+//!   ended wrote, and is populated by whoever first reads it, which is no write;
+//! * has left the page tables of all processes. A page of shared memory keeps its contents then, and stays in the image as
+//!   long as somebody maps it, but it may have been punched out of its object, which is no write either;
+//! * is of shared memory when something was written to that which nothing tells: what a process that has ended wrote last.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,6 +28,8 @@ pub struct ImageLog {
     before: PageSet,
     /// Populated at this one.
     now: PageSet,
+    /// Of those before, the pages that were in a page table.
+    touched: PageSet,
     /// Pages of shared memory seen so far that somebody maps.
     shared: PageSet,
     /// Pages of shared memory that somebody maps now.
@@ -37,8 +42,8 @@ impl ImageLog {
     /// The log of what `tracker` tracks.
     pub fn new(tracker: Tracker, image: Arc<Image>) -> Self {
         let (empty, homes) = (PageSet::empty(image.nr_pages()), Homes::new(image.nr_pages()));
-        let (before, now, shared) = (empty.clone(), empty.clone(), empty.clone());
-        ImageLog { tracker, image, before, now, shared, mapped: empty, homes }
+        let (before, now, touched) = (empty.clone(), empty.clone(), empty.clone());
+        ImageLog { tracker, image, before, now, touched, shared: empty.clone(), mapped: empty, homes }
     }
 }
 
@@ -74,6 +79,11 @@ impl DirtyLog for ImageLog {
         if found.ended {
             dirty.union(shared);
         }
+        for left in without(&self.touched, now) {
+            dirty.insert(left);
+        }
+        self.touched.clear();
+        self.touched.union(now);
         now.union(shared);
         for changed in without(&self.before, now).chain(without(now, &self.before)) {
             dirty.insert(changed);
