@@ -34,6 +34,16 @@ impl Area {
     pub fn length(&self) -> u64 {
         self.range.end - self.range.start
     }
+
+    /// Whether others may map its memory too.
+    pub fn is_shared(&self) -> bool {
+        self.backing != Backing::Private
+    }
+
+    /// Whether it shows the same in the same place as another, in however many mappings.
+    pub fn is_view_of_same(&self, other: &Area) -> bool {
+        self.range == other.range && self.backing == other.backing
+    }
 }
 
 /// Which mappings count.

@@ -197,3 +197,19 @@ fn shared_memory_that_is_punched_out_is_told() {
     mirror.follow();
     assert_eq!((mirror.contents(), mirror.differences()), (vec![1], vec![]));
 }
+
+#[test]
+fn what_was_written_next_to_a_mapping_that_was_replaced_is_told() {
+    let test = "what_was_written_next_to_a_mapping_that_was_replaced_is_told";
+    for kind in ["own", "share"] {
+        let mut specimen = Specimen::start(false);
+        let region = specimen.ask(&format!("{kind} 2048"))[0];
+        specimen.ask("touch 0 0 1 2048");
+        let Some(mut mirror) = Mirror::start(&specimen, &[(region, 2048)], test) else { return };
+        specimen.ask("touch 0 3 1 5");
+        specimen.ask("renew 0 1024 1024");
+        specimen.ask("touch 0 1030 1 1");
+        mirror.follow();
+        assert_eq!((mirror.contents().len(), mirror.differences()), (1025, vec![]), "{kind}");
+    }
+}

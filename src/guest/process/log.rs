@@ -7,7 +7,8 @@
 //!   ended wrote, and is populated by whoever first reads it, which is no write;
 //! * has left the page tables of all processes. A page of shared memory keeps its contents then, and stays in the image as
 //!   long as somebody maps it, but it may have been punched out of its object, which is no write either;
-//! * is of shared memory when something was written to that which nothing tells: what a process that has ended wrote last.
+//! * is of shared memory when something may have been written to that which nothing tells, such as what a process that has
+//!   ended wrote last.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -76,7 +77,7 @@ impl DirtyLog for ImageLog {
         if found.alive == 0 {
             return Err(TrackingError::Target("the process has ended".to_owned()).into());
         }
-        if found.ended {
+        if found.untold {
             dirty.union(shared);
         }
         for left in without(&self.touched, now) {

@@ -65,9 +65,10 @@ pub struct Toll {
 pub struct Found {
     /// Processes still there.
     pub alive: usize,
-    /// Since the round before a process has ended, or a child of one that may never have been seen, or a process has given up
-    /// a mapping of shared memory. What was written last to memory shared with others is not told.
-    pub ended: bool,
+    /// Something may have been written to shared memory since the round before that is not told: a process has ended, or a child
+    /// of one that may never have been seen, or one has given up a mapping, or has one that cannot be tracked, or cannot be
+    /// attached to.
+    pub untold: bool,
 }
 
 /// What a survey saw of a run of pages.
@@ -162,15 +163,15 @@ impl Tracker {
     }
 
     fn take(&mut self, how: How, found: &mut dyn FnMut(&Seen)) -> Result<Found, TrackingError> {
-        let mut ended = self.mind_the_living()? | self.adopt_children();
+        let mut untold = self.mind_the_living()? | self.adopt_children();
         for process in &mut self.processes {
             let listed = areas::list(process.attachment.pid, &self.choice.wanted, &mut self.text);
             // One that has just ended has no mappings; the next round will see that it is gone.
             let listed = listed.unwrap_or_default();
-            ended |= process.follow(listed, &mut self.toll);
-            process.take(how, &mut self.ids, found)?;
+            untold |= process.follow(listed, &mut self.toll);
+            untold |= process.take(how, &mut self.ids, found)?;
         }
-        Ok(Found { alive: self.processes.len(), ended })
+        Ok(Found { alive: self.processes.len(), untold })
     }
 
     /// Settles how many chunks there is room for, in all; an error if there are more already.
