@@ -213,3 +213,32 @@ fn what_was_written_next_to_a_mapping_that_was_replaced_is_told() {
         assert_eq!((mirror.contents().len(), mirror.differences()), (1025, vec![]), "{kind}");
     }
 }
+
+#[test]
+fn what_a_child_writes_that_cannot_be_attached_to_is_not_lost() {
+    let test = "what_a_child_writes_that_cannot_be_attached_to_is_not_lost";
+    let mut specimen = Specimen::start(false);
+    let shared = specimen.ask("share 1024")[0];
+    specimen.ask("touch 0 5 1 2");
+    let child = specimen.ask("child 0 5 1 1024 1")[0];
+    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024)], test) else { return };
+    for _ in 0..6 {
+        specimen.ask(&format!("again {child}"));
+        mirror.follow();
+        assert_eq!(mirror.differences(), [""; 0]);
+    }
+    specimen.ask(&format!("end {child}"));
+}
+
+#[test]
+fn what_a_grandchild_wrote_that_ended_before_its_parent_was_known_is_not_lost() {
+    let test = "what_a_grandchild_wrote_that_ended_before_its_parent_was_known_is_not_lost";
+    let mut specimen = Specimen::start(false);
+    let shared = specimen.ask("share 1024")[0];
+    specimen.ask("touch 0 5 1 1");
+    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024)], test) else { return };
+    let child = specimen.ask("child 0 5 1 1024 2")[0];
+    mirror.follow();
+    assert_eq!((mirror.contents(), mirror.differences()), (vec![2], vec![]));
+    specimen.ask(&format!("end {child}"));
+}

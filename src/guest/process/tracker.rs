@@ -13,9 +13,9 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::areas::{self, Wanted};
+use super::areas::{self, Area, Wanted};
 use super::attach::Attachment;
 use super::followed::Process;
 use super::ids::Ids;
@@ -27,8 +27,11 @@ use crate::sys::TrackingError;
 /// Processes followed at a time.
 const MAX_PROCESSES: usize = 4096;
 
-/// How often a descendant is tried to be attached to, a round each.
+/// How often a descendant is tried to be attached to.
 const ATTEMPTS: u8 = 3;
+
+/// How long to wait between two attempts at least; as long again after each.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// What to track of whom.
 #[derive(Clone, Copy, Debug)]
@@ -118,8 +121,10 @@ pub struct Tracker {
     toll: Toll,
     /// Spaces numbered so far.
     spaces: u32,
-    /// How often processes could not be attached to, by number and start.
-    refused: HashMap<(i32, u64), u8>,
+    /// Processes that could not be attached to, by number and start.
+    refused: HashMap<(i32, u64), Refused>,
+    /// Those that have ended and were counted as such, while their parents have not taken note.
+    mourned: HashSet<(i32, u64)>,
     text: String,
 }
 
@@ -134,6 +139,7 @@ impl Tracker {
             toll: Toll::default(),
             spaces: 0,
             refused: HashMap::new(),
+            mourned: HashSet::new(),
             text: String::new(),
         };
         tracker.add(Attachment::new(root)?);
@@ -234,47 +240,79 @@ impl Tracker {
         Ok(ended)
     }
 
-    /// Attaches to descendants that are not attached to yet. Those that cannot be are counted and left alone. True: there is
-    /// one that has ended before it could be attached to, or that could not be now: nothing tells what it wrote. A parent
-    /// that is stopped takes no note of the end of its children, so that its own count does not tell either.
+    /// Attaches to descendants that are not attached to yet. Those that cannot be are counted and left alone. True: nothing
+    /// tells what one wrote, or may still write, to shared memory: it ended before it could be attached to, or could not be
+    /// now. A parent that is stopped takes no note of the end of its children, so that its own count does not tell either.
     fn adopt_children(&mut self) -> bool {
-        let mut ended = false;
+        let mut untold = false;
         if !self.choice.children {
-            return ended;
+            return untold;
         }
         let known: HashSet<i32> = self.pids().collect();
         let mut seen = known.clone();
         let mut ask: Vec<i32> = known.iter().copied().chain([self.root]).collect();
         while let Some(parent) = ask.pop() {
             for child in proc::children(parent) {
-                if !seen.insert(child) || self.processes.len() >= MAX_PROCESSES {
+                if !seen.insert(child) {
                     continue;
                 }
                 ask.push(child);
-                let Ok(stat) = Stat::of(child) else {
-                    ended = true;
-                    continue;
+                untold |= match Stat::of(child) {
+                    Ok(stat) if stat.has_ended() => self.mourned.insert((child, stat.start_ticks)),
+                    Ok(stat) => self.adopt(child, &stat),
+                    Err(_) => true,
                 };
-                if stat.has_ended() {
-                    ended |= self.refused.insert((child, stat.start_ticks), ATTEMPTS) != Some(ATTEMPTS);
-                    continue;
-                }
-                if self.refused.get(&(child, stat.start_ticks)) == Some(&ATTEMPTS) {
-                    continue;
-                }
-                match Attachment::at_once(child) {
-                    Ok(attachment) => self.add(attachment),
-                    // It may just be ending, or becoming another program: the next rounds will tell.
-                    Err(_) => {
-                        ended = true;
-                        let failures = self.refused.entry((child, stat.start_ticks)).or_insert(0);
-                        *failures += 1;
-                        self.toll.not_attached += u64::from(*failures == ATTEMPTS);
-                    }
-                }
             }
         }
-        ended
+        untold
+    }
+
+    /// Attaches to a descendant, if it was not tried too often. True as above.
+    fn adopt(&mut self, child: i32, stat: &Stat) -> bool {
+        let key = (child, stat.start_ticks);
+        let failed = self.refused.get(&key).copied();
+        if failed.is_some_and(|failed| !failed.is_to_be_tried_again())
+            || self.processes.len() >= MAX_PROCESSES
+        {
+            return self.may_write_shared_memory(child);
+        }
+        match Attachment::at_once(child) {
+            Ok(attachment) => {
+                // Children of its own that have ended by now wrote what nobody saw.
+                let had_children = attachment.stat.child_faults > 0;
+                self.add(attachment);
+                had_children
+            }
+            // It may just be ending, or becoming another program: the next rounds will tell.
+            Err(_) => {
+                let failures = failed.map_or(0, |failed| failed.times) + 1;
+                self.refused.insert(key, Refused { times: failures, last: Instant::now() });
+                self.toll.not_attached += u64::from(failures == ATTEMPTS);
+                true
+            }
+        }
+    }
+
+    /// Whether a process maps shared memory that counts, as far as can be told.
+    fn may_write_shared_memory(&mut self, pid: i32) -> bool {
+        match areas::list(pid, &self.choice.wanted, &mut self.text) {
+            Ok(listed) => listed.iter().any(Area::is_shared),
+            Err(_) => true,
+        }
+    }
+}
+
+/// A process that could not be attached to.
+#[derive(Clone, Copy)]
+struct Refused {
+    times: u8,
+    last: Instant,
+}
+
+impl Refused {
+    /// Not at once: one that is becoming another program takes its time.
+    fn is_to_be_tried_again(&self) -> bool {
+        self.times < ATTEMPTS && self.last.elapsed() >= PAUSE * u32::from(self.times)
     }
 }
 
