@@ -188,13 +188,13 @@ impl Part {
             (Backing::Shared { .. }, Log::Kept, _) => {
                 pagemap.take_written(start, end, &mut |from, to| found(from, to, true))?;
                 if how == How::Populated {
-                    pagemap.present(start, end, &mut |from, to| found(from, to, false))?;
+                    pagemap.touched(start, end, &mut |from, to| found(from, to, false))?;
                 }
             }
             // Armed first, then told: what is written in between is told twice rather than never.
             (Backing::Shared { .. }, Log::Fresh | Log::Broken, _) => {
                 pagemap.take_written(start, end, &mut |_, _| {})?;
-                pagemap.present(start, end, &mut |from, to| found(from, to, true))?;
+                pagemap.touched(start, end, &mut |from, to| found(from, to, true))?;
             }
         }
         self.log = Log::Kept;
