@@ -242,3 +242,16 @@ fn what_a_grandchild_wrote_that_ended_before_its_parent_was_known_is_not_lost() 
     assert_eq!((mirror.contents(), mirror.differences()), (vec![2], vec![]));
     specimen.ask(&format!("end {child}"));
 }
+
+#[test]
+fn what_a_child_wrote_that_came_and_went_between_two_samples_is_not_lost() {
+    let test = "what_a_child_wrote_that_came_and_went_between_two_samples_is_not_lost";
+    let mut specimen = Specimen::start(false);
+    let shared = specimen.ask("share 1024")[0];
+    specimen.ask("touch 0 5 1 1");
+    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024)], test) else { return };
+    let child = specimen.ask("child 0 5 1 1024 0")[0];
+    specimen.ask(&format!("end {child}"));
+    mirror.follow();
+    assert_eq!((mirror.contents(), mirror.differences()), (vec![2], vec![]));
+}

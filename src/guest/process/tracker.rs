@@ -174,7 +174,7 @@ impl Tracker {
             let listed = areas::list(process.attachment.pid, &self.choice.wanted, &mut self.text);
             // One that has just ended has no mappings; the next round will see that it is gone.
             let listed = listed.unwrap_or_default();
-            untold |= process.follow(listed, &mut self.toll);
+            untold |= process.follow(listed, &mut self.toll) || process.last.lacks_main_thread();
             untold |= process.take(how, &mut self.ids, found)?;
         }
         Ok(Found { alive: self.processes.len(), untold })
