@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::areas::Wanted;
 use super::diagnosis::{Suspects, digest};
@@ -32,8 +33,9 @@ struct Mirror {
 }
 
 impl Mirror {
-    /// Of regions by address and pages. None, with a word, where the machine does not allow it.
-    fn start(specimen: &Specimen, regions: &[(u64, u64)], test: &str) -> Option<Self> {
+    /// Of regions by address and pages, with as many `children` attached to. None, with a word, where the machine does not allow
+    /// it.
+    fn start(specimen: &Specimen, children: usize, regions: &[(u64, u64)], test: &str) -> Option<Self> {
         let tracker = match Tracker::attach(specimen.pid(), CHOICE) {
             Ok(tracker) => tracker,
             Err(error @ (TrackingError::Kernel(_) | TrackingError::Rights(_))) => {
@@ -47,8 +49,16 @@ impl Mirror {
         let regions =
             regions.iter().map(|(start, pages)| *start..*start + pages * PAGE_SIZE as u64).collect();
         let mut mirror = Mirror { image: image.clone(), regions, log, pages: ImagePages::new(image) };
-        mirror.follow();
-        Some(mirror)
+        let since = Instant::now();
+        loop {
+            mirror.follow();
+            if mirror.image.processes().len() > children {
+                return Some(mirror);
+            }
+            // On a busy machine the first attempt may come too late.
+            assert!(since.elapsed() < Duration::from_secs(30), "{test}: the children are never attached to");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// A sample, and what it found dirty is sent. Gives how many pages of the regions that were.
@@ -98,18 +108,19 @@ fn an_explanation_names_where_a_page_is_mapped_and_what_has_become_of_it() {
     specimen.ask("touch 0 5 1 1");
     specimen.ask("touch 1 7 1 20");
     let child = specimen.ask("child 0 6 1 1024 0")[0];
-    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024), (own, 1024)], test) else { return };
+    let Some(mut mirror) = Mirror::start(&specimen, 1, &[(shared, 1024), (own, 1024)], test) else { return };
     assert_eq!(mirror.differences(), [""; 0]);
     specimen.ask("touch 0 5 1 1");
     let said = mirror.differences();
+    let surveys = mirror.image.history().surveys();
     let (pid, page) = (specimen.pid(), shared + 5 * PAGE_SIZE as u64);
     assert_eq!(said.len(), 1, "{said:?}");
     for part in [
         "shared memory (/dev/zero, page 0x5 of it)".to_owned(),
         format!("{pid} at {page:#x}"),
         format!("{child} at {page:#x}"),
-        "first populated in survey 1 of 1, dirty in 1, the last 1".to_owned(),
-        "last read to be sent after survey 1".to_owned(),
+        format!("first populated in survey 1 of {surveys}, dirty in "),
+        "last read to be sent after survey ".to_owned(),
         "what it was sent as is outdated".to_owned(),
     ] {
         assert!(said[0].contains(&part), "{part} is not in {said:?}");
@@ -132,7 +143,7 @@ fn shared_memory_that_is_first_touched_by_a_mere_reader_is_sent_then() {
     specimen.ask("touch 0 5 1 1");
     // The memory stays, but for the page tables nobody has touched it.
     specimen.ask("drop 0 5 1");
-    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024)], test) else { return };
+    let Some(mut mirror) = Mirror::start(&specimen, 0, &[(shared, 1024)], test) else { return };
     assert_eq!(specimen.ask("look 0 5 1 1"), [1]);
     mirror.follow();
     assert_eq!(mirror.contents(), [1]);
@@ -148,7 +159,7 @@ fn shared_memory_that_only_an_ended_process_had_touched_is_read_through_another_
     let mut specimen = Specimen::start(false);
     let shared = specimen.ask("share 2048")[0];
     let child = specimen.ask("child 0 5 1 2048 0")[0];
-    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 2048)], test) else { return };
+    let Some(mut mirror) = Mirror::start(&specimen, 1, &[(shared, 2048)], test) else { return };
     assert_eq!(mirror.contents(), [1]);
     specimen.ask(&format!("end {child}"));
     mirror.follow();
@@ -162,7 +173,7 @@ fn a_page_is_read_through_a_mapping_that_has_it_where_mappings_differ() {
     let shared = specimen.ask("share 2048")[0];
     specimen.ask("touch 0 400 1 1");
     let child = specimen.ask("child 0 5 1 300 0")[0];
-    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 2048)], test) else { return };
+    let Some(mut mirror) = Mirror::start(&specimen, 1, &[(shared, 2048)], test) else { return };
     assert_eq!((mirror.contents(), mirror.differences()), (vec![1, 1], vec![]));
     specimen.ask("release 0 0 300");
     mirror.follow();
@@ -177,7 +188,9 @@ fn shared_memory_that_nobody_maps_any_more_reads_as_zeroes_whatever_comes_in_its
     let (first, second) = (specimen.ask("share 1024")[0], specimen.ask("share 1024")[0]);
     specimen.ask("touch 0 5 1 3");
     specimen.ask("touch 1 6 1 3");
-    let Some(mut mirror) = Mirror::start(&specimen, &[(first, 1024), (second, 1024)], test) else { return };
+    let Some(mut mirror) = Mirror::start(&specimen, 0, &[(first, 1024), (second, 1024)], test) else {
+        return;
+    };
     specimen.ask("release 0 0 1024");
     specimen.ask("renew 1 0 1024");
     specimen.ask("touch 1 6 1 1");
@@ -191,7 +204,7 @@ fn shared_memory_that_is_punched_out_is_told() {
     let mut specimen = Specimen::start(false);
     let shared = specimen.ask("share 1024")[0];
     specimen.ask("touch 0 5 1 2");
-    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024)], test) else { return };
+    let Some(mut mirror) = Mirror::start(&specimen, 0, &[(shared, 1024)], test) else { return };
     mirror.follow();
     specimen.ask("punch 0 5 1");
     mirror.follow();
@@ -205,7 +218,7 @@ fn what_was_written_next_to_a_mapping_that_was_replaced_is_told() {
         let mut specimen = Specimen::start(false);
         let region = specimen.ask(&format!("{kind} 2048"))[0];
         specimen.ask("touch 0 0 1 2048");
-        let Some(mut mirror) = Mirror::start(&specimen, &[(region, 2048)], test) else { return };
+        let Some(mut mirror) = Mirror::start(&specimen, 0, &[(region, 2048)], test) else { return };
         specimen.ask("touch 0 3 1 5");
         specimen.ask("renew 0 1024 1024");
         specimen.ask("touch 0 1030 1 1");
@@ -221,7 +234,7 @@ fn what_a_child_writes_that_cannot_be_attached_to_is_not_lost() {
     let shared = specimen.ask("share 1024")[0];
     specimen.ask("touch 0 5 1 2");
     let child = specimen.ask("child 0 5 1 1024 1")[0];
-    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024)], test) else { return };
+    let Some(mut mirror) = Mirror::start(&specimen, 0, &[(shared, 1024)], test) else { return };
     for _ in 0..6 {
         specimen.ask(&format!("again {child}"));
         mirror.follow();
@@ -236,7 +249,7 @@ fn what_a_grandchild_wrote_that_ended_before_its_parent_was_known_is_not_lost() 
     let mut specimen = Specimen::start(false);
     let shared = specimen.ask("share 1024")[0];
     specimen.ask("touch 0 5 1 1");
-    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024)], test) else { return };
+    let Some(mut mirror) = Mirror::start(&specimen, 0, &[(shared, 1024)], test) else { return };
     let child = specimen.ask("child 0 5 1 1024 2")[0];
     mirror.follow();
     assert_eq!((mirror.contents(), mirror.differences()), (vec![2], vec![]));
@@ -249,7 +262,7 @@ fn what_a_child_wrote_that_came_and_went_between_two_samples_is_not_lost() {
     let mut specimen = Specimen::start(false);
     let shared = specimen.ask("share 1024")[0];
     specimen.ask("touch 0 5 1 1");
-    let Some(mut mirror) = Mirror::start(&specimen, &[(shared, 1024)], test) else { return };
+    let Some(mut mirror) = Mirror::start(&specimen, 0, &[(shared, 1024)], test) else { return };
     let child = specimen.ask("child 0 5 1 1024 0")[0];
     specimen.ask(&format!("end {child}"));
     mirror.follow();
