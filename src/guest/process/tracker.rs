@@ -28,7 +28,7 @@ use crate::sys::TrackingError;
 const MAX_PROCESSES: usize = 4096;
 
 /// How often a descendant is tried to be attached to.
-const ATTEMPTS: u8 = 3;
+const ATTEMPTS: u8 = 5;
 
 /// How long to wait between two attempts at least; as long again after each.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -244,12 +244,14 @@ impl Tracker {
     /// tells what one wrote, or may still write, to shared memory: it ended before it could be attached to, or could not be
     /// now. A parent that is stopped takes no note of the end of its children, so that its own count does not tell either.
     fn adopt_children(&mut self) -> bool {
-        let mut untold = false;
         if !self.choice.children {
-            return untold;
+            return false;
         }
         let known: HashSet<i32> = self.pids().collect();
-        let mut seen = known.clone();
+        // The process itself may have become another program that could not be attached to at once.
+        let mut untold =
+            !known.contains(&self.root) && Stat::of(self.root).is_ok() && self.adopt_if_it_lives(self.root);
+        let mut seen: HashSet<i32> = known.iter().copied().chain([self.root]).collect();
         let mut ask: Vec<i32> = known.iter().copied().chain([self.root]).collect();
         while let Some(parent) = ask.pop() {
             for child in proc::children(parent) {
@@ -257,30 +259,35 @@ impl Tracker {
                     continue;
                 }
                 ask.push(child);
-                untold |= match Stat::of(child) {
-                    Ok(stat) if stat.has_ended() => self.mourned.insert((child, stat.start_ticks)),
-                    Ok(stat) => self.adopt(child, &stat),
-                    Err(_) => true,
-                };
+                untold |= self.adopt_if_it_lives(child);
             }
         }
         untold
     }
 
-    /// Attaches to a descendant, if it was not tried too often. True as above.
-    fn adopt(&mut self, child: i32, stat: &Stat) -> bool {
-        let key = (child, stat.start_ticks);
+    fn adopt_if_it_lives(&mut self, pid: i32) -> bool {
+        match Stat::of(pid) {
+            Ok(stat) if stat.has_ended() => self.mourned.insert((pid, stat.start_ticks)),
+            Ok(stat) => self.adopt(pid, &stat),
+            Err(_) => true,
+        }
+    }
+
+    /// Attaches to a process, if it was not tried too often. True as above.
+    fn adopt(&mut self, pid: i32, stat: &Stat) -> bool {
+        let key = (pid, stat.start_ticks);
         let failed = self.refused.get(&key).copied();
         if failed.is_some_and(|failed| !failed.is_to_be_tried_again())
             || self.processes.len() >= MAX_PROCESSES
         {
-            return self.may_write_shared_memory(child);
+            return self.may_write_shared_memory(pid);
         }
-        match Attachment::at_once(child) {
+        match Attachment::at_once(pid) {
             Ok(attachment) => {
                 // Children of its own that have ended by now wrote what nobody saw.
                 let had_children = attachment.stat.child_faults > 0;
                 self.add(attachment);
+                self.refused.remove(&key);
                 had_children
             }
             // It may just be ending, or becoming another program: the next rounds will tell.
