@@ -11,7 +11,7 @@ use crate::forecast::PolicyKind;
 use crate::guest::process::control::ProcessGuest;
 use crate::guest::process::proc;
 use crate::pipeline::control::migrate;
-use crate::pipeline::outcome::Migration;
+use crate::pipeline::outcome::{Migration, MigrationError};
 use crate::report::progress::Display;
 use crate::report::{Report, json, ms, table};
 use crate::sys::console;
@@ -70,6 +70,7 @@ pub fn run(arguments: &MirrorArguments) -> Result<Exit, Failure> {
     let result = migrate(&mut guest, &settings, &destination, &abort, &mut display);
     display.done();
     let migration = result.map_err(|error| {
+        explain(&guest, &error);
         let convergence = error.convergence().cloned();
         let mut failure = Failure::from(error);
         failure.message = format!("{}; process {pid} runs on", failure.message);
@@ -108,6 +109,22 @@ pub fn run(arguments: &MirrorArguments) -> Result<Exit, Failure> {
         console::say(format_args!("the destination says of the image: {}", mirrored.destination_said));
     }
     Ok(Exit::Done)
+}
+
+/// Says what is known of the pages that differ, if that is why the destination refused the image.
+fn explain(guest: &ProcessGuest, error: &MigrationError) {
+    let Some(lines) = guest.differences().filter(|_| matches!(error, MigrationError::Destination { .. }))
+    else {
+        return;
+    };
+    for line in lines {
+        console::complain(format_args!("{line}"));
+    }
+    if lines.is_empty() {
+        console::complain(format_args!(
+            "every page was last sent as it was compared: what differs went wrong after it was read"
+        ));
+    }
 }
 
 fn mirrored(guest: &ProcessGuest, pid: i32, migration: &Migration) -> json::Mirrored {

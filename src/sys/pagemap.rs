@@ -21,6 +21,7 @@ bitflags! {
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     struct Category: u64 {
         const WRITTEN = 1 << 1;
+        const FILE = 1 << 2;
         const PRESENT = 1 << 3;
         const SWAPPED = 1 << 4;
     }
@@ -174,10 +175,13 @@ impl Pagemap {
         self.walk(wanted, start, end, &mut |from, to, _| found(from, to))
     }
 
-    /// The runs of a range that are present, written or not.
-    pub fn present(&mut self, start: u64, end: u64, found: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
-        let (present, none) = (Category::PRESENT, Category::empty());
-        let wanted = Wanted { flags: ScanFlags::empty(), all_of: present, any_of: none, told: present };
+    /// The runs of a range of shared memory that are in the page table, written or not: present, or just being moved to
+    /// another frame by the kernel (compaction). Such a page is not present for a moment, and not of use as SWAPPED: the
+    /// marks of protected holes are that too.
+    pub fn touched(&mut self, start: u64, end: u64, found: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
+        let any_of = Category::PRESENT | Category::FILE;
+        let (none, told) = (Category::empty(), Category::PRESENT | Category::FILE);
+        let wanted = Wanted { flags: ScanFlags::empty(), all_of: none, any_of, told };
         self.walk(wanted, start, end, &mut |from, to, _| found(from, to))
     }
 

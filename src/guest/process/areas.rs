@@ -34,6 +34,16 @@ impl Area {
     pub fn length(&self) -> u64 {
         self.range.end - self.range.start
     }
+
+    /// Whether others may map its memory too.
+    pub fn is_shared(&self) -> bool {
+        self.backing != Backing::Private
+    }
+
+    /// Whether it shows the same in the same place as another, in however many mappings.
+    pub fn is_view_of_same(&self, other: &Area) -> bool {
+        self.range == other.range && self.backing == other.backing
+    }
 }
 
 /// Which mappings count.
@@ -84,32 +94,62 @@ fn continues(area: &Area, range: &Range<u64>, backing: Backing) -> bool {
         }
 }
 
+/// A line of /proc/PID/maps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line<'a> {
+    /// Addresses.
+    pub range: Range<u64>,
+    /// As `rw-p`.
+    pub permissions: &'a str,
+    /// Where in the object it begins, in bytes.
+    pub offset: u64,
+    /// The device and the inode of the object.
+    pub object: (u64, u64),
+    /// The name's first word.
+    pub name: &'a str,
+}
+
+impl<'a> Line<'a> {
+    /// Takes a line apart; None if it makes no sense.
+    pub fn parse(line: &'a str) -> Option<Self> {
+        let mut words = line.split_ascii_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let hex = |digits: &str| u64::from_str_radix(digits, 16).ok();
+        let range = hex(start)?..hex(end)?;
+        let permissions = words.next()?;
+        let offset = hex(words.next()?)?;
+        let (major, minor) = words.next()?.split_once(':')?;
+        let object = (hex(major)? << 20 | hex(minor)?, words.next()?.parse().ok()?);
+        Some(Line { range, permissions, offset, object, name: words.next().unwrap_or("") })
+    }
+
+    /// Whether what is written through it stays with the process.
+    pub fn is_private(&self) -> bool {
+        self.permissions.as_bytes().get(3) == Some(&b'p')
+    }
+
+    fn is_writable(&self) -> bool {
+        self.permissions.as_bytes().get(1) == Some(&b'w')
+    }
+}
+
 /// A line of /proc/PID/maps, if it is wanted.
 fn mapping(line: &str, wanted: &Wanted) -> Option<(Range<u64>, Backing)> {
-    let mut words = line.split_ascii_whitespace();
-    let (start, end) = words.next()?.split_once('-')?;
-    let hex = |digits: &str| u64::from_str_radix(digits, 16).ok();
-    let range = hex(start)?..hex(end)?;
-    let permissions = words.next()?.as_bytes();
-    let offset = hex(words.next()?)?;
-    let (major, minor) = words.next()?.split_once(':')?;
-    let inode: u64 = words.next()?.parse().ok()?;
-    let name = words.next().unwrap_or("");
-    let writable = permissions.get(1) == Some(&b'w');
-    let private = permissions.get(3) == Some(&b'p');
-    if private {
-        let is_special = matches!(name, "[vvar]" | "[vvar_vclock]" | "[vdso]" | "[vsyscall]");
+    let line = Line::parse(line)?;
+    let (_, inode) = line.object;
+    if line.is_private() {
+        let is_special = matches!(line.name, "[vvar]" | "[vvar_vclock]" | "[vdso]" | "[vsyscall]");
         let counts = inode == 0
             && !is_special
-            && (writable || wanted.read_only)
-            && (wanted.stack || name != "[stack]");
-        return counts.then_some((range, Backing::Private));
+            && (line.is_writable() || wanted.read_only)
+            && (wanted.stack || line.name != "[stack]");
+        return counts.then_some((line.range, Backing::Private));
     }
     let of_memory =
-        ["/memfd:", "/dev/zero", "/dev/shm/", "/SYSV"].iter().any(|start| name.starts_with(start));
-    let counts = wanted.shared && writable && inode != 0 && of_memory;
-    let object = (hex(major)? << 20 | hex(minor)?, inode);
-    counts.then_some((range, Backing::Shared { object, offset }))
+        ["/memfd:", "/dev/zero", "/dev/shm/", "/SYSV"].iter().any(|start| line.name.starts_with(start));
+    let counts = wanted.shared && line.is_writable() && inode != 0 && of_memory;
+    let backing = Backing::Shared { object: line.object, offset: line.offset };
+    counts.then_some((line.range, backing))
 }
 
 #[cfg(test)]

@@ -14,12 +14,14 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::areas::{self, Backing};
+use super::diagnosis::Suspects;
+use super::history::ZEROES;
 use super::image::{Image, ImagePages};
 use super::log::ImageLog;
 use super::proc::{self, Stat};
 use super::tracker::{Choice, Tracker};
 use crate::guest::{DirtyLog, GuestControl, GuestError, HandOver, MovableGuest, PageSource};
-use crate::page::CHUNK_PAGES;
+use crate::page::{CHUNK_PAGES, is_zero};
 use crate::stream::arena_context::{ArenaContext, MAX_DIGESTS, page_digest};
 use crate::stream::records::DomainHeader;
 use crate::sys::TrackingError;
@@ -51,6 +53,8 @@ pub struct ProcessGuest {
     /// Stopped here, and to be continued.
     stopped: Vec<i32>,
     farewell: Option<String>,
+    /// What is known of pages that differ, once the comparison was prepared.
+    differences: Option<Vec<String>>,
 }
 
 impl ProcessGuest {
@@ -68,7 +72,8 @@ impl ProcessGuest {
         tracker.limit_chunks(max_chunks)?;
         let image = Arc::new(Image::new(u64::from(max_chunks) * CHUNK_PAGES as u64));
         let (stopped, farewell) = (Vec::new(), None);
-        Ok(ProcessGuest { pid, choice, image, tracker: Some(tracker), guardian, stopped, farewell })
+        let (tracker, differences) = (Some(tracker), None);
+        Ok(ProcessGuest { pid, choice, image, tracker, guardian, stopped, farewell, differences })
     }
 
     /// The image.
@@ -79,6 +84,12 @@ impl ProcessGuest {
     /// What the destination said of running it.
     pub fn farewell(&self) -> Option<&str> {
         self.farewell.as_deref()
+    }
+
+    /// Of each page, up to a few, that was last sent otherwise than it was when the processes stood still: where it is mapped and
+    /// what has become of it. None before the migration has come to the comparison.
+    pub fn differences(&self) -> Option<&[String]> {
+        self.differences.as_deref()
     }
 
     /// Stops those of `pids` that run.
@@ -228,11 +239,16 @@ impl MovableGuest for ProcessGuest {
             return ArenaContext { nr_pages, digests: None }.encode(domain);
         }
         let mut all = Vec::with_capacity(nr_pages as usize);
-        ImagePages::new(self.image.clone()).each(&mut |pfn, page, could_be_read| {
+        let mut pages = ImagePages::new(self.image.clone());
+        let mut suspects = Suspects::default();
+        pages.each(&mut |pfn, page, could_be_read| {
             let digest = page_digest(pfn, page);
+            let noted = if is_zero(page) { ZEROES } else { digest };
+            suspects.look(&self.image, pfn, could_be_read.then_some(noted));
             // What cannot be read cannot be equal.
             all.push(if could_be_read { digest } else { !digest });
         });
+        self.differences = Some(suspects.explain(&self.image, &mut pages));
         ArenaContext { nr_pages, digests: Some(all) }.encode(domain)
     }
 }

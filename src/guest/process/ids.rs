@@ -32,6 +32,13 @@ pub struct Stretch {
     pub va: u64,
 }
 
+impl Stretch {
+    /// The address of a page of it, by where it is within the place.
+    pub fn address(&self, page: u64) -> u64 {
+        self.va + ((page - self.page) << PAGE_SHIFT)
+    }
+}
+
 /// The id space is as large as it may become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the memory has outgrown the {} MiB that there is room for", u64::from(*.0) * 2)]
@@ -82,13 +89,26 @@ impl Ids {
                     self.chunks.remove(&(stretch.place, page / CHUNK_PAGES as u64));
                     return Err(Full(self.max_chunks));
                 }
-                let va = stretch.va + ((page - stretch.page) << PAGE_SHIFT);
+                let va = stretch.address(page);
                 self.va_chunks.push(va.saturating_sub(in_chunk << PAGE_SHIFT) >> CHUNK_SHIFT);
             }
             run(Pfn(u64::from(chunk) * CHUNK_PAGES as u64 + in_chunk), count, page);
             page += count;
         }
         Ok(())
+    }
+
+    /// As [`Ids::number`], but gives no new ids: what is in no chunk that has one is passed over.
+    pub fn known(&self, stretch: Stretch, run: &mut dyn FnMut(Pfn, u64, u64)) {
+        let (mut page, end) = (stretch.page, stretch.page + stretch.count);
+        while page < end {
+            let in_chunk = page % CHUNK_PAGES as u64;
+            let count = (CHUNK_PAGES as u64 - in_chunk).min(end - page);
+            if let Some(chunk) = self.chunks.get(&(stretch.place, page / CHUNK_PAGES as u64)) {
+                run(Pfn(u64::from(*chunk) * CHUNK_PAGES as u64 + in_chunk), count, page);
+            }
+            page += count;
+        }
     }
 }
 
@@ -121,6 +141,17 @@ mod tests {
         assert_eq!(numbered(&mut ids, object, 3, 2, 0x7f00_0000_3000), [(3, 2, 3)]);
         assert_eq!(numbered(&mut ids, object, 4, 1, 0x6600_0040_4000), [(4, 1, 4)]);
         assert_eq!(ids.va_chunks(), [0x7f00_0000_0000 >> 21]);
+    }
+
+    #[test]
+    fn what_has_no_id_yet_is_passed_over_where_only_known_ids_are_wanted() {
+        let mut ids = Ids::new(10);
+        let object = Place::Object(1, 2053);
+        numbered(&mut ids, object, 1024 + 7, 1, 0);
+        let mut runs = Vec::new();
+        let all = Stretch { place: object, page: 100, count: 3000, va: 0 };
+        ids.known(all, &mut |first, count, page| runs.push((first.0, count, page)));
+        assert_eq!((runs, ids.nr_pages()), (vec![(0, 512, 1024)], 512));
     }
 
     #[test]

@@ -9,30 +9,26 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
-use super::tracker::{Seen, Toll};
+use super::diagnosis::digest;
+use super::history::{History, ZEROES};
+use super::homes::Homes;
+use super::tracker::Toll;
 use crate::guest::{PageContent, PageSource};
-use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn, is_zero};
+use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::{CHUNK_WORDS, PageSet};
 use crate::sys::guest_memory::GuestMemory;
 use crate::sys::process_memory::{self, MAX_PAGES};
-
-/// Where the pages of a chunk are to be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Home {
-    pid: i32,
-    /// The address that the chunk's first page has or would have.
-    va: u64,
-}
 
 /// Pages that a process image is made of.
 pub struct Image {
     nr_pages: u64,
     populated: Vec<AtomicU64>,
-    homes: RwLock<Vec<Option<Home>>>,
+    homes: RwLock<Homes>,
     /// Populated pages that could not be read when they were to be sent.
     unread: Mutex<HashSet<u64>>,
     processes: Mutex<Vec<i32>>,
     toll: Mutex<Toll>,
+    history: History,
 }
 
 impl Image {
@@ -42,16 +38,22 @@ impl Image {
         Image {
             nr_pages,
             populated: (0..words).map(|_| AtomicU64::new(0)).collect(),
-            homes: RwLock::new(vec![None; (nr_pages as usize).div_ceil(CHUNK_PAGES)]),
+            homes: RwLock::new(Homes::new(nr_pages)),
             unread: Mutex::new(HashSet::new()),
             processes: Mutex::new(Vec::new()),
             toll: Mutex::new(Toll::default()),
+            history: History::new(nr_pages),
         }
     }
 
     /// Size of the number space.
     pub fn nr_pages(&self) -> u64 {
         self.nr_pages
+    }
+
+    /// What has become of its pages.
+    pub fn history(&self) -> &History {
+        &self.history
     }
 
     /// Pages populated at the last survey.
@@ -63,14 +65,11 @@ impl Image {
         self.populated[pfn.index() / 64].load(Ordering::Acquire) >> (pfn.0 % 64) & 1 == 1
     }
 
-    /// Notes where a chunk can be read. A chunk of shared memory may have several such places: the latest counts, so
-    /// that it is that of a process which is still there.
-    pub(super) fn settle(&self, seen: &Seen) {
-        let offset = (seen.first.in_chunk() * PAGE_SIZE) as u64;
-        let home = Some(Home { pid: seen.pid, va: seen.va.wrapping_sub(offset) });
-        let chunk = seen.first.chunk();
-        if self.homes.read().expect("nobody panics with the homes in hand")[chunk] != home {
-            self.homes.write().expect("nobody panics with the homes in hand")[chunk] = home;
+    /// Notes where pages can be read now.
+    pub(super) fn settle(&self, homes: &Homes) {
+        let mut settled = self.homes.write().expect("nobody panics with the homes in hand");
+        if *settled != *homes {
+            settled.clone_from(homes);
         }
     }
 
@@ -90,10 +89,9 @@ impl Image {
         std::mem::take(&mut *self.unread.lock().expect("nobody panics with the list in hand"))
     }
 
-    /// The process and the address to read a page at, if its chunk was ever seen.
+    /// The process and the address to read a page at, if there is one.
     pub(super) fn place(&self, pfn: Pfn) -> Option<(i32, u64)> {
-        let home = self.home(pfn)?;
-        Some((home.pid, home.va.wrapping_add((pfn.in_chunk() * PAGE_SIZE) as u64)))
+        self.homes.read().expect("nobody panics with the homes in hand").place(pfn)
     }
 
     /// Notes who is tracked now, and what that has cost.
@@ -114,37 +112,32 @@ impl Image {
         self.processes.lock().expect("nobody panics with the list in hand").clone()
     }
 
-    fn home(&self, pfn: Pfn) -> Option<Home> {
-        self.homes.read().expect("nobody panics with the homes in hand")[pfn.chunk()]
-    }
-
     /// Reads pages into `into`, one after the other; what is not populated is zeroes. Calls `unread` for those that could
     /// not be read, which are zeroes too.
     fn read(&self, pfns: &[Pfn], into: &mut [u8], unread: &mut dyn FnMut(Pfn)) {
         let mut places = [0u64; MAX_PAGES];
+        let place = |pfn: &Pfn| self.place(*pfn).filter(|_| self.is_populated(*pfn));
         let mut at = 0;
         while at < pfns.len() {
-            let Some(home) = self.home(pfns[at]).filter(|_| self.is_populated(pfns[at])) else {
+            let Some((pid, first)) = place(&pfns[at]) else {
                 into[at * PAGE_SIZE..][..PAGE_SIZE].fill(0);
                 at += 1;
                 continue;
             };
             // As many as can be read from the same process in one call.
-            let same = |pfn: &Pfn| {
-                let (pid, address) = self.place(*pfn).filter(|_| self.is_populated(*pfn))?;
-                (pid == home.pid).then_some(address)
-            };
-            let mut count = 0;
-            for address in pfns[at..].iter().take(MAX_PAGES).map_while(same) {
+            places[0] = first;
+            let mut count = 1;
+            let same = |pfn: &Pfn| place(pfn).filter(|(other, _)| *other == pid);
+            for (_, address) in pfns[at + 1..].iter().take(MAX_PAGES - 1).map_while(same) {
                 places[count] = address;
                 count += 1;
             }
             let room = &mut into[at * PAGE_SIZE..][..count * PAGE_SIZE];
-            let read = process_memory::read_pages(home.pid, &places[..count], room).unwrap_or(0);
+            let read = process_memory::read_pages(pid, &places[..count], room).unwrap_or(0);
             at += read;
             if read < count {
                 let page = &mut into[at * PAGE_SIZE..][..PAGE_SIZE];
-                if process_memory::read_page_by_force(home.pid, places[read], page).is_err() {
+                if process_memory::read_page_by_force(pid, places[read], page).is_err() {
                     page.fill(0);
                     unread(pfns[at]);
                 }
@@ -162,12 +155,14 @@ pub struct ImagePages {
     bytes: Vec<u8>,
     /// How much of that was asked for.
     taken: usize,
+    /// Surveys that were over when it was read.
+    surveys: u32,
 }
 
 impl ImagePages {
     /// The pages of `image`.
     pub fn new(image: Arc<Image>) -> Self {
-        ImagePages { image, ahead: Vec::new(), bytes: vec![0; MAX_PAGES * PAGE_SIZE], taken: 0 }
+        ImagePages { image, ahead: Vec::new(), bytes: vec![0; MAX_PAGES * PAGE_SIZE], taken: 0, surveys: 0 }
     }
 
     /// Calls `look` with every page of the image, ascending, and whether it could be read.
@@ -188,8 +183,19 @@ impl ImagePages {
     }
 }
 
+impl ImagePages {
+    /// Reads one page; None if it cannot be read. What was read ahead is lost.
+    pub fn read_again(&mut self, pfn: Pfn) -> Option<&[u8]> {
+        self.ahead.clear();
+        let mut could_be_read = true;
+        self.image.read(&[pfn], &mut self.bytes, &mut |_| could_be_read = false);
+        could_be_read.then(|| &self.bytes[..PAGE_SIZE])
+    }
+}
+
 impl PageSource for ImagePages {
     fn gather(&mut self, pfns: &[Pfn]) {
+        self.surveys = self.image.history.surveys();
         self.taken = 0;
         self.ahead.clear();
         self.ahead.extend(pfns.iter().take(MAX_PAGES).filter(|pfn| self.image.is_populated(**pfn)));
@@ -203,11 +209,14 @@ impl PageSource for ImagePages {
     fn copy(&mut self, pfn: Pfn, into: &mut [u8; PAGE_SIZE]) -> PageContent {
         if self.ahead.get(self.taken) != Some(&pfn) {
             // Not populated when it was gathered.
+            self.image.history.sent(pfn, ZEROES, self.surveys);
             return PageContent::Zero;
         }
         let page = &self.bytes[self.taken * PAGE_SIZE..][..PAGE_SIZE];
         self.taken += 1;
-        if is_zero(page) {
+        let digest = digest(pfn, page);
+        self.image.history.sent(pfn, digest, self.surveys);
+        if digest == ZEROES {
             return PageContent::Zero;
         }
         into.copy_from_slice(page);

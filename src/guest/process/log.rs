@@ -1,14 +1,21 @@
 //! The dirty log of a process image: a survey for each sample.
 //!
-//! Besides what was written, a page is dirty that was populated and is so no more: it reads as zeroes now. Memory that can
-//! be shared keeps its contents without being mapped, so there a page once seen stays. And when a process ends, what it
-//! wrote last to shared memory has gone unseen: all of that is dirty then.
+//! Besides what was written, a page is dirty that
+//!
+//! * was populated and is so no more: it reads as zeroes now;
+//! * was not populated and is: shared memory has contents that no process followed has touched, such as what one that has
+//!   ended wrote, and is populated by whoever first reads it, which is no write;
+//! * has left the page tables of all processes. A page of shared memory keeps its contents then, and stays in the image as
+//!   long as somebody maps it, but it may have been punched out of its object, which is no write either;
+//! * is of shared memory when something may have been written to that which nothing tells, such as what a process that has
+//!   ended wrote last.
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::homes::Homes;
 use super::image::Image;
-use super::tracker::Tracker;
+use super::tracker::{Saw, Tracker};
 use crate::guest::{DirtyLog, GuestError};
 use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
@@ -22,47 +29,72 @@ pub struct ImageLog {
     before: PageSet,
     /// Populated at this one.
     now: PageSet,
-    /// Pages of shared memory seen so far.
+    /// Of those before, the pages that were in a page table.
+    touched: PageSet,
+    /// Pages of shared memory seen so far that somebody maps.
     shared: PageSet,
+    /// Pages of shared memory that somebody maps now.
+    mapped: PageSet,
+    /// Where pages can be read now.
+    homes: Homes,
 }
 
 impl ImageLog {
     /// The log of what `tracker` tracks.
     pub fn new(tracker: Tracker, image: Arc<Image>) -> Self {
-        let empty = PageSet::empty(image.nr_pages());
-        ImageLog { tracker, image, before: empty.clone(), now: empty.clone(), shared: empty }
+        let (empty, homes) = (PageSet::empty(image.nr_pages()), Homes::new(image.nr_pages()));
+        let (before, now, touched) = (empty.clone(), empty.clone(), empty.clone());
+        ImageLog { tracker, image, before, now, touched, shared: empty.clone(), mapped: empty, homes }
     }
 }
 
 impl DirtyLog for ImageLog {
     fn get_and_clear(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
         let (image, now, shared) = (&self.image, &mut self.now, &mut self.shared);
+        let (mapped, homes) = (&mut self.mapped, &mut self.homes);
         now.clear();
+        mapped.clear();
+        homes.clear();
         let found = self.tracker.survey(&mut |seen| {
-            image.settle(seen);
+            homes.note(seen);
+            if seen.what == Saw::Mapped {
+                mapped.insert_run(seen.first, seen.count);
+                return;
+            }
             now.insert_run(seen.first, seen.count);
             if seen.shared {
                 shared.insert_run(seen.first, seen.count);
             }
-            if seen.written {
+            if seen.what == Saw::Written {
                 dirty.insert_run(seen.first, seen.count);
             }
         })?;
+        let given_up: Vec<Pfn> = without(shared, mapped).collect();
+        for pfn in given_up {
+            shared.remove(pfn);
+        }
         image.note_processes(self.tracker.pids(), self.tracker.toll());
         if found.alive == 0 {
             return Err(TrackingError::Target("the process has ended".to_owned()).into());
         }
-        if found.ended {
+        if found.untold {
             dirty.union(shared);
         }
+        for left in without(&self.touched, now) {
+            dirty.insert(left);
+        }
+        self.touched.clear();
+        self.touched.union(now);
         now.union(shared);
-        for gone in self.before.iter().filter(|pfn| !now.contains(*pfn)) {
-            dirty.insert(gone);
+        for changed in without(&self.before, now).chain(without(now, &self.before)) {
+            dirty.insert(changed);
         }
         for unread in image.take_unread() {
             dirty.insert(Pfn(unread));
         }
+        image.settle(homes);
         image.populate(now);
+        image.history().survey(dirty, without(now, &self.before));
         std::mem::swap(&mut self.before, &mut self.now);
         Ok(())
     }
@@ -85,4 +117,11 @@ impl DirtyLog for ImageLog {
         }
         Ok(())
     }
+}
+
+/// The pages of one set that are not in another.
+fn without<'a>(set: &'a PageSet, other: &'a PageSet) -> impl Iterator<Item = Pfn> + 'a {
+    let differs = |chunk: &usize| set.chunk_words(*chunk) != other.chunk_words(*chunk);
+    let pages = |chunk| set.pages_of_chunk(chunk).filter(|pfn| !other.contains(*pfn));
+    set.occupied_chunks().filter(differs).flat_map(pages)
 }

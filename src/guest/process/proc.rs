@@ -19,6 +19,8 @@ pub struct Stat {
     pub child_faults: u64,
     /// CPU time of all its threads so far, in user mode and in the kernel.
     pub cpu: Duration,
+    /// Its threads, the main one included even if that has ended before the others.
+    pub threads: u64,
     /// When it was started, in clock ticks after boot; with the number it names a process for good.
     pub start_ticks: u64,
     /// Where its program and its stack begin: another program after exec has another place for at least one of them.
@@ -45,6 +47,7 @@ impl Stat {
             minor_faults: number(10)?,
             child_faults: number(11)?,
             cpu: Duration::from_secs_f64(ticks as f64 / ticks_per_s.max(1) as f64),
+            threads: number(20)?,
             start_ticks: number(22)?,
             program: (number(26)?, number(28)?),
         })
@@ -52,6 +55,11 @@ impl Stat {
 
     /// Whether it has ended and only waits for its parent to notice.
     pub fn has_ended(&self) -> bool {
+        self.lacks_main_thread() && self.threads <= 1
+    }
+
+    /// Whether its main thread has ended, perhaps before the others. /proc says nothing of its mappings then.
+    pub fn lacks_main_thread(&self) -> bool {
         matches!(self.state, b'Z' | b'X')
     }
 }
@@ -186,6 +194,10 @@ mod tests {
             assert_eq!((stat.state, stat.minor_faults, stat.start_ticks), (b'S', 700, 4242));
             assert_eq!((stat.cpu, stat.program), (Duration::from_secs(2), (111, 333)));
         }
+        let without_main = tail.replacen('S', "Z", 1);
+        let stat = |tail: &str| Stat::parse(&format!("77 (x) {tail}"), 100).unwrap();
+        assert!(!stat(&without_main).has_ended(), "17 threads are left");
+        assert!(stat(&without_main.replacen(" 17 ", " 1 ", 1)).has_ended());
         assert_eq!(Stat::parse("77 (cut) S 1 2", 100), None);
         assert_eq!(Stat::parse("nonsense", 100), None);
     }

@@ -11,26 +11,27 @@
 //! What a recording tells of a mapping in its first round is everything populated in it. In private memory a page counts again when
 //! it is newly populated; in shared memory, where a mere reader populates its own mapping, only when it is written.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::io;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::areas::{self, Area, Backing, Wanted};
+use super::areas::{self, Area, Wanted};
 use super::attach::Attachment;
-use super::ids::{Full, Ids, Place, Stretch};
+use super::followed::Process;
+use super::ids::Ids;
 use super::proc::{self, Stat};
-use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
+use crate::page::{CHUNK_PAGES, Pfn};
 use crate::page_set::PageSet;
 use crate::sys::TrackingError;
-use crate::sys::pagemap::{Pagemap, scan_error};
-use crate::sys::userfaultfd::{NotRegistered, Userfaultfd};
 
 /// Processes followed at a time.
 const MAX_PROCESSES: usize = 4096;
 
-/// How often a descendant is tried to be attached to, a round each.
-const ATTEMPTS: u8 = 3;
+/// How often a descendant is tried to be attached to.
+const ATTEMPTS: u8 = 5;
+
+/// How long to wait between two attempts at least; as long again after each.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// What to track of whom.
 #[derive(Clone, Copy, Debug)]
@@ -67,20 +68,33 @@ pub struct Toll {
 pub struct Found {
     /// Processes still there.
     pub alive: usize,
-    /// Since the round before a process has ended, or a child of one that may never have been seen, or a process has given up
-    /// a mapping of shared memory. What was written last to memory shared with others is not told.
-    pub ended: bool,
+    /// Something may have been written to shared memory since the round before that is not told: a process has ended, or a child
+    /// of one that may never have been seen, or one has given up a mapping, or has one that cannot be tracked, or cannot be
+    /// attached to.
+    pub untold: bool,
 }
 
-/// A run of pages that a survey found populated.
+/// What a survey saw of a run of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Saw {
+    /// Populated, and written since the survey before.
+    Written,
+    /// Populated.
+    Populated,
+    /// Part of a mapping of shared memory: whether populated or not, it can be read there. Told of pages only that are in a
+    /// chunk of which something was ever populated.
+    Mapped,
+}
+
+/// A run of pages that a survey saw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seen {
     /// The first page's id.
     pub first: Pfn,
     /// How many, within one chunk.
     pub count: u64,
-    /// Written since the survey before.
-    pub written: bool,
+    /// What of it.
+    pub what: Saw,
     /// Memory that others may map too.
     pub shared: bool,
     /// Through whose mapping it was seen.
@@ -91,7 +105,7 @@ pub struct Seen {
 
 /// What a round asks the page maps.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum How {
+pub enum How {
     /// What was written.
     Written,
     /// What is populated, and what of that was written.
@@ -107,8 +121,10 @@ pub struct Tracker {
     toll: Toll,
     /// Spaces numbered so far.
     spaces: u32,
-    /// How often processes could not be attached to, by number and start.
-    refused: HashMap<(i32, u64), u8>,
+    /// Processes that could not be attached to, by number and start.
+    refused: HashMap<(i32, u64), Refused>,
+    /// Those that have ended and were counted as such, while their parents have not taken note.
+    mourned: HashSet<(i32, u64)>,
     text: String,
 }
 
@@ -123,6 +139,7 @@ impl Tracker {
             toll: Toll::default(),
             spaces: 0,
             refused: HashMap::new(),
+            mourned: HashSet::new(),
             text: String::new(),
         };
         tracker.add(Attachment::new(root)?);
@@ -139,7 +156,7 @@ impl Tracker {
         })
     }
 
-    /// Tells all populated pages, and which of them were written since the survey before.
+    /// Tells all populated pages, and which of them were written since the survey before, and the mappings of shared memory.
     pub fn survey(&mut self, found: &mut dyn FnMut(&Seen)) -> Result<Found, TrackingError> {
         self.take(How::Populated, found)
     }
@@ -152,15 +169,15 @@ impl Tracker {
     }
 
     fn take(&mut self, how: How, found: &mut dyn FnMut(&Seen)) -> Result<Found, TrackingError> {
-        let mut ended = self.mind_the_living()? | self.adopt_children();
+        let mut untold = self.mind_the_living()? | self.adopt_children();
         for process in &mut self.processes {
             let listed = areas::list(process.attachment.pid, &self.choice.wanted, &mut self.text);
             // One that has just ended has no mappings; the next round will see that it is gone.
             let listed = listed.unwrap_or_default();
-            ended |= process.follow(listed, &mut self.toll);
-            process.take(how, &mut self.ids, found)?;
+            untold |= process.follow(listed, &mut self.toll) || process.last.lacks_main_thread();
+            untold |= process.take(how, &mut self.ids, found)?;
         }
-        Ok(Found { alive: self.processes.len(), ended })
+        Ok(Found { alive: self.processes.len(), untold })
     }
 
     /// Settles how many chunks there is room for, in all; an error if there are more already.
@@ -187,8 +204,7 @@ impl Tracker {
         self.toll.attached += 1;
         self.toll.stopped += attachment.stopped;
         self.toll.stopped_most = self.toll.stopped_most.max(attachment.stopped);
-        let last = attachment.stat;
-        self.processes.push(Process { attachment, space: self.spaces, areas: BTreeMap::new(), last });
+        self.processes.push(Process::new(attachment, self.spaces));
         self.spaces += 1;
     }
 
@@ -224,47 +240,86 @@ impl Tracker {
         Ok(ended)
     }
 
-    /// Attaches to descendants that are not attached to yet. Those that cannot be are counted and left alone. True: there is
-    /// one that has ended before it could be attached to, or that could not be now: nothing tells what it wrote. A parent
-    /// that is stopped takes no note of the end of its children, so that its own count does not tell either.
+    /// Attaches to descendants that are not attached to yet. Those that cannot be are counted and left alone. True: nothing
+    /// tells what one wrote, or may still write, to shared memory: it ended before it could be attached to, or could not be
+    /// now. A parent that is stopped takes no note of the end of its children, so that its own count does not tell either.
     fn adopt_children(&mut self) -> bool {
-        let mut ended = false;
         if !self.choice.children {
-            return ended;
+            return false;
         }
         let known: HashSet<i32> = self.pids().collect();
-        let mut seen = known.clone();
+        // The process itself may have become another program that could not be attached to at once.
+        let mut untold =
+            !known.contains(&self.root) && Stat::of(self.root).is_ok() && self.adopt_if_it_lives(self.root);
+        let mut seen: HashSet<i32> = known.iter().copied().chain([self.root]).collect();
         let mut ask: Vec<i32> = known.iter().copied().chain([self.root]).collect();
         while let Some(parent) = ask.pop() {
             for child in proc::children(parent) {
-                if !seen.insert(child) || self.processes.len() >= MAX_PROCESSES {
+                if !seen.insert(child) {
                     continue;
                 }
                 ask.push(child);
-                let Ok(stat) = Stat::of(child) else {
-                    ended = true;
-                    continue;
-                };
-                if stat.has_ended() {
-                    ended |= self.refused.insert((child, stat.start_ticks), ATTEMPTS) != Some(ATTEMPTS);
-                    continue;
-                }
-                if self.refused.get(&(child, stat.start_ticks)) == Some(&ATTEMPTS) {
-                    continue;
-                }
-                match Attachment::at_once(child) {
-                    Ok(attachment) => self.add(attachment),
-                    // It may just be ending, or becoming another program: the next rounds will tell.
-                    Err(_) => {
-                        ended = true;
-                        let failures = self.refused.entry((child, stat.start_ticks)).or_insert(0);
-                        *failures += 1;
-                        self.toll.not_attached += u64::from(*failures == ATTEMPTS);
-                    }
-                }
+                untold |= self.adopt_if_it_lives(child);
             }
         }
-        ended
+        untold
+    }
+
+    fn adopt_if_it_lives(&mut self, pid: i32) -> bool {
+        match Stat::of(pid) {
+            Ok(stat) if stat.has_ended() => self.mourned.insert((pid, stat.start_ticks)),
+            Ok(stat) => self.adopt(pid, &stat),
+            Err(_) => true,
+        }
+    }
+
+    /// Attaches to a process, if it was not tried too often. True as above.
+    fn adopt(&mut self, pid: i32, stat: &Stat) -> bool {
+        let key = (pid, stat.start_ticks);
+        let failed = self.refused.get(&key).copied();
+        if failed.is_some_and(|failed| !failed.is_to_be_tried_again())
+            || self.processes.len() >= MAX_PROCESSES
+        {
+            return self.may_write_shared_memory(pid);
+        }
+        match Attachment::at_once(pid) {
+            Ok(attachment) => {
+                // Children of its own that have ended by now wrote what nobody saw.
+                let had_children = attachment.stat.child_faults > 0;
+                self.add(attachment);
+                self.refused.remove(&key);
+                had_children
+            }
+            // It may just be ending, or becoming another program: the next rounds will tell.
+            Err(_) => {
+                let failures = failed.map_or(0, |failed| failed.times) + 1;
+                self.refused.insert(key, Refused { times: failures, last: Instant::now() });
+                self.toll.not_attached += u64::from(failures == ATTEMPTS);
+                true
+            }
+        }
+    }
+
+    /// Whether a process maps shared memory that counts, as far as can be told.
+    fn may_write_shared_memory(&mut self, pid: i32) -> bool {
+        match areas::list(pid, &self.choice.wanted, &mut self.text) {
+            Ok(listed) => listed.iter().any(Area::is_shared),
+            Err(_) => true,
+        }
+    }
+}
+
+/// A process that could not be attached to.
+#[derive(Clone, Copy)]
+struct Refused {
+    times: u8,
+    last: Instant,
+}
+
+impl Refused {
+    /// Not at once: one that is becoming another program takes its time.
+    fn is_to_be_tried_again(&self) -> bool {
+        self.times < ATTEMPTS && self.last.elapsed() >= PAUSE * u32::from(self.times)
     }
 }
 
@@ -276,160 +331,6 @@ impl Toll {
             cpu: self.cpu + now.cpu.saturating_sub(then.cpu),
             ..self
         }
-    }
-}
-
-struct Process {
-    attachment: Attachment,
-    /// The number of its address space.
-    space: u32,
-    /// What is registered, by where it begins.
-    areas: BTreeMap<u64, Tracked>,
-    /// As it was when last looked at.
-    last: Stat,
-}
-
-/// An area that is registered, but for the mappings that cannot be.
-struct Tracked {
-    area: Area,
-    parts: Vec<Part>,
-}
-
-struct Part {
-    range: Range<u64>,
-    /// Whether the log of it was cleared once.
-    armed: bool,
-}
-
-impl Process {
-    /// Takes note of the areas that there are now, and registers the new ones. True: shared memory is no longer mapped where
-    /// it was, and with the mapping went the knowledge of what was written through it last.
-    fn follow(&mut self, listed: Vec<Area>, toll: &mut Toll) -> bool {
-        let mut before = std::mem::take(&mut self.areas);
-        for area in listed {
-            let start = area.range.start;
-            let tracked = match before.remove(&start) {
-                Some(tracked) if tracked.area.range == area.range && tracked.area.backing == area.backing => {
-                    tracked
-                }
-                _ => Tracked { parts: register(&self.attachment.uffd, &area, toll), area },
-            };
-            self.areas.insert(start, tracked);
-        }
-        before.values().any(|gone| gone.area.backing != Backing::Private)
-    }
-
-    /// Tells what its page map says.
-    fn take(&mut self, how: How, ids: &mut Ids, found: &mut dyn FnMut(&Seen)) -> Result<(), TrackingError> {
-        let (uffd, pagemap, pid) = (&self.attachment.uffd, &mut self.attachment.pagemap, self.attachment.pid);
-        for tracked in self.areas.values_mut() {
-            let area = &tracked.area;
-            let shared = area.backing != Backing::Private;
-            let mut full = Ok(());
-            let mut number = |from: u64, to: u64, written: bool| {
-                let stretch = stretch(self.space, area, from, to);
-                let numbered = ids.number(stretch, &mut |first, count, page| {
-                    let va = stretch.va + (page - stretch.page) * PAGE_SIZE as u64;
-                    found(&Seen { first, count, written, shared, pid, va });
-                });
-                if numbered.is_err() {
-                    full = numbered;
-                }
-            };
-            let mut scanned = Ok(());
-            tracked.parts.retain_mut(|part| {
-                let mut result = part.take(area.backing, how, pagemap, &mut number);
-                if result.as_ref().is_err_and(is_not_registered) {
-                    // Another mapping has come in the place of the one that was registered.
-                    part.armed = false;
-                    if uffd.register_in_target(part.range.clone()).is_err() {
-                        return false;
-                    }
-                    result = part.take(area.backing, how, pagemap, &mut number);
-                }
-                match result {
-                    Err(error) if is_not_registered(&error) => return false,
-                    Err(error) => scanned = Err(error),
-                    Ok(()) => {}
-                }
-                true
-            });
-            full.map_err(|error: Full| TrackingError::Target(error.to_string()))?;
-            match scanned {
-                // The process has ended under our hands.
-                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
-                other => other.map_err(scan_error)?,
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Part {
-    fn take(
-        &mut self,
-        backing: Backing,
-        how: How,
-        pagemap: &mut Pagemap,
-        found: &mut dyn FnMut(u64, u64, bool),
-    ) -> io::Result<()> {
-        let (start, end) = (self.range.start, self.range.end);
-        match (backing, self.armed, how) {
-            (Backing::Private, _, How::Written) => {
-                pagemap.take_written_present(start, end, &mut |from, to| found(from, to, true))?;
-            }
-            (Backing::Private, _, How::Populated) => pagemap.take_populated(start, end, found)?,
-            // With its holes armed too, a page that is only read through this mapping does not count as written.
-            (Backing::Shared { .. }, true, _) => {
-                pagemap.take_written(start, end, &mut |from, to| found(from, to, true))?;
-                if how == How::Populated {
-                    pagemap.present(start, end, &mut |from, to| found(from, to, false))?;
-                }
-            }
-            // Armed first, then told: what is written in between is told twice rather than never.
-            (Backing::Shared { .. }, false, _) => {
-                pagemap.take_written(start, end, &mut |_, _| {})?;
-                pagemap.present(start, end, &mut |from, to| found(from, to, true))?;
-            }
-        }
-        self.armed = true;
-        Ok(())
-    }
-}
-
-fn is_not_registered(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EPERM)
-}
-
-/// Registers an area as a whole if that goes, or else mapping by mapping. Gives what is registered.
-fn register(uffd: &Userfaultfd, area: &Area, toll: &mut Toll) -> Vec<Part> {
-    let part = |range: &Range<u64>| Part { range: range.clone(), armed: false };
-    if uffd.register_in_target(area.range.clone()).is_ok() {
-        return vec![part(&area.range)];
-    }
-    let mut parts = Vec::new();
-    for piece in &area.pieces {
-        match uffd.register_in_target(piece.clone()) {
-            Ok(()) => parts.push(part(piece)),
-            Err(NotRegistered::Gone) => {}
-            Err(NotRegistered::Busy | NotRegistered::Unsuitable) => toll.skipped_mappings += 1,
-        }
-    }
-    parts
-}
-
-fn stretch(space: u32, area: &Area, from: u64, to: u64) -> Stretch {
-    let page = PAGE_SIZE as u64;
-    let (from, to) = (from.max(area.range.start), to.min(area.range.end));
-    let count = to.saturating_sub(from) / page;
-    match area.backing {
-        Backing::Private => Stretch { place: Place::Space(space), page: from / page, count, va: from },
-        Backing::Shared { object: (device, inode), offset } => Stretch {
-            place: Place::Object(device, inode),
-            page: (offset + (from - area.range.start)) / page,
-            count,
-            va: from,
-        },
     }
 }
 

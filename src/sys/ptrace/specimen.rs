@@ -3,6 +3,8 @@
 //! It has threads in all kinds of waits, one that computes, a signal handler that runs a thousand times a second, and
 //! memory whose pages it writes on request. It counts what goes wrong.
 
+mod regions;
+
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -108,13 +110,15 @@ fn lives() {
         start_threads();
     }
     let mut memories: Vec<Vec<u8>> = Vec::new();
+    let mut regions = regions::Regions::default();
     println!("{PROMPT}");
     for line in std::io::stdin().lines() {
         let line = line.expect("text");
         let mut words = line.split_ascii_whitespace();
         let command = words.next().unwrap_or("");
-        let mut numbers = words.map(|word| word.parse::<usize>().expect("a number"));
-        let mut next = || numbers.next().expect("one more number");
+        let numbers: Vec<usize> = words.map(|word| word.parse().expect("a number")).collect();
+        let mut left = numbers.iter().copied();
+        let mut next = || left.next().expect("one more number");
         match command {
             // A mapping of its own, since it is large; zeroes that are not there yet.
             "map" => {
@@ -149,7 +153,11 @@ fn lives() {
                     rounds.join(" ")
                 );
             }
-            _ => panic!("what is {command}?"),
+            _ => {
+                let answer = regions.obey(command, &numbers);
+                let answer = answer.unwrap_or_else(|| panic!("what is {command}?"));
+                println!("{PROMPT} {}", answer.iter().map(u64::to_string).collect::<Vec<String>>().join(" "));
+            }
         }
     }
     std::process::exit(0);
