@@ -109,9 +109,8 @@ def verify_stream(cache, stream):
     """Runs Xen's verifier, from the unpacked package, on a stream of xl's format."""
     xen = cache.debian / "usr/lib/xen-4.17"
     environment = dict(os.environ, PYTHONPATH=str(xen / "lib/python"), PYTHONDONTWRITEBYTECODE="1")
-    done = subprocess.run(
-        [sys.executable, xen / "bin/verify-stream-v2", "-f", "xl", "-i", stream], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, xen / "bin/verify-stream-v2", "-f", "xl", "-i", stream]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         said = (done.stderr + done.stdout).strip().splitlines() or ["nothing"]
         raise LabError(f"verify-stream-v2 rejects {stream}: {said[-1]}")
