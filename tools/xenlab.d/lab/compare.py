@@ -13,7 +13,7 @@ import time
 from . import guest, migration
 from .migration import Helper
 from .tables import mebibytes, table
-from .trials import Standing, install
+from .trials import Standing, check_helper, install
 
 STOCK = "stock"
 # What a column shows, and how many digits of it after the point.
@@ -30,6 +30,7 @@ CALLS = ["ioctl", "mmap", "munmap"]
 
 def compare(lab, options, settings, environment):
     """Runs all of it; each record goes into a file of JSON lines as it comes."""
+    check_helper(options.helper)
     lab.cache.results.mkdir(parents=True, exist_ok=True)
     path = lab.cache.results / time.strftime("compare-%Y%m%d-%H%M%S.jsonl")
     lines = []
