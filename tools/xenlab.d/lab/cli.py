@@ -5,7 +5,7 @@ import dataclasses
 import signal
 import sys
 
-from . import guest, images, jobs, packages, trials
+from . import compare, guest, images, jobs, packages, trials
 from .cache import Cache
 from .errors import LabError
 from .lab import MOST_HOSTS, Lab
@@ -77,7 +77,8 @@ def parser():
     host_argument(create)
     guest_arguments(create)
     command("guest", show_guest, "show where the guest is and what it says about itself")
-    test = command("migrate-test", migrate_test, "migrate the guest back and forth, save and restore it; boots a lab if none stands")
+    text = "migrate the guest back and forth, save and restore it; boots a lab if none stands"
+    test = command("migrate-test", migrate_test, text)
     test.add_argument("--helper", metavar="PATH", help="the save helper at the source (default: the stock one)")
     test.add_argument("--count", metavar="N", type=int, default=10, help="migrations in a row (default: 10)")
     test.add_argument("--no-save", action="store_true", help="no save and restore after them")
@@ -85,6 +86,17 @@ def parser():
     test.add_argument("--keep", action="store_true", help="leave the lab standing")
     env_argument(test, "the helper")
     guest_arguments(test)
+    against = command("compare", compare_helpers, "measure the stock save helper and pagecast's policies by turns")
+    against.add_argument("--helper", metavar="PATH", help="pagecast, static (default: the stock helper alone)")
+    against.add_argument("--workloads", metavar="NAMES", type=names, default=["kv", "sweep"], help="default: kv,sweep")
+    text = "given to the helper as PAGECAST_POLICY (default: xen,xen-skip,ar)"
+    against.add_argument("--policies", metavar="NAMES", type=names, default=["xen", "xen-skip", "ar"], help=text)
+    against.add_argument("--runs", metavar="N", type=int, default=5, help="of each, for each workload (default: 5)")
+    text = "no further run that counts system calls"
+    against.add_argument("--no-strace", dest="strace", action="store_false", help=text)
+    against.add_argument("--keep", action="store_true", help="leave the lab standing")
+    env_argument(against, "pagecast")
+    guest_arguments(against, workload=False)
     command("down", take_down, "end the hosts and take their network away")
     return top
 
@@ -100,11 +112,16 @@ def env_argument(command, whom):
     command.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], help=text)
 
 
-def guest_arguments(command):
+def names(text):
+    """Names with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def guest_arguments(command, workload=True):
     """The guest's settings, by the names and with the defaults that they have everywhere."""
     defaults = guest.Settings()
-    workloads = ["idle", "kv", "uniform", "sweep", "gc", "phases", "storm"]
-    command.add_argument("--workload", choices=workloads, default=defaults.workload)
+    if workload:
+        command.add_argument("--workload", choices=guest.WORKLOADS, default=defaults.workload)
     for name, text in {
         "memory-mib": "the domain's memory",
         "used-mib": "what its program works on",
@@ -119,8 +136,8 @@ def guest_arguments(command):
 
 def settings_of(options):
     """The guest's settings as they were given."""
-    names = [field.name for field in dataclasses.fields(guest.Settings)]
-    return guest.Settings(**{name: getattr(options, name) for name in names})
+    given = {field.name: getattr(options, field.name, field.default) for field in dataclasses.fields(guest.Settings)}
+    return guest.Settings(**given)
 
 
 def environment_of(settings):
@@ -210,6 +227,15 @@ def migrate_test(lab, options):
     if options.count < 1:
         raise LabError("--count: at least 1")
     trials.migrate_test(lab, options, settings_of(options), environment_of(options.env))
+
+
+def compare_helpers(lab, options):
+    """`compare`"""
+    unknown = [name for name in options.workloads if name not in guest.WORKLOADS]
+    if unknown or options.runs < 1:
+        what = f"--workloads: there is no {unknown[0]}" if unknown else "--runs: at least 1"
+        raise LabError(f"{what}; the workloads are {', '.join(guest.WORKLOADS)}")
+    compare.compare(lab, options, settings_of(options), environment_of(options.env))
 
 
 def take_down(lab, _options):

@@ -1,7 +1,8 @@
 """The wall clocks of the hosts, set by this machine's.
 
-A guest sees how long a migration has kept it from running only by the two hosts' wall clocks: Xen reads the emulated
-hardware's clock to the second when it boots, and emulated time drifts under load. So they are set before each migration.
+A guest sees how long a migration has kept it from running only by the two hosts' wall clocks. Xen reads the emulated
+hardware's clock to the second when it boots, and emulated time drifts under load, so they are set before each
+migration.
 """
 
 import pathlib
@@ -17,7 +18,7 @@ LIMIT_S = 120
 
 
 def set_clocks(lab, hosts):
-    """Sets the clocks of these hosts; returns the longest of the shortest round trips, in ms: they agree within that."""
+    """Sets the clocks of these hosts; returns the ms within which they agree: the longest of the round trips."""
     program = pathlib.Path(__file__).with_name("time_server.py")
     server = subprocess.Popen(
         lab.network.command(sys.executable, str(program), BRIDGE_ADDRESS, str(PORT)),

@@ -14,12 +14,14 @@ from .errors import LabError
 NAME = "guest"
 # On the host where it was created and on one where it has arrived.
 CONSOLE = f"/var/log/xen/console/guest-{NAME}*.log"
+WORKLOADS = ["idle", "kv", "uniform", "sweep", "gc", "phases", "storm"]
 READY_LIMIT_S = 300
 REPORT_LIMIT_S = 120
 POLL_S = 0.3
-REPORT = re.compile(r"lab-guest: (seq=.*)")
-ERROR = re.compile(r"lab-guest: (error .*)")
-FULL_CHECK = re.compile(r"lab-guest: full-check (.*)")
+# Whole lines only: the last one may still be on its way.
+REPORT = re.compile(r"lab-guest: (seq=.*)\n")
+ERROR = re.compile(r"lab-guest: (error .*)\n")
+FULL_CHECK = re.compile(r"lab-guest: full-check (.*)\n")
 PANIC = re.compile(r"Kernel panic.*")
 
 
@@ -65,7 +67,7 @@ class Console:
     """What the guest has said on one host."""
 
     def __init__(self, text):
-        self.text = text
+        self.text = text = text.replace("\r", "")
         self.reports = [fields(line) for line in REPORT.findall(text)]
         self.errors = ERROR.findall(text)
         self.full_checks = [fields(line) for line in FULL_CHECK.findall(text)]
@@ -92,13 +94,15 @@ def read(host):
 
 def create(host, settings):
     """Starts the guest and waits until its memory is written once and it has reported."""
-    jobs.must(host, f"rm -f {CONSOLE}\ncat >/root/guest.cfg <<'END'\n{settings.configuration()}END\nxl create -q /root/guest.cfg")
+    write = f"cat >/root/guest.cfg <<'END'\n{settings.configuration()}END"
+    jobs.must(host, f"rm -f {CONSOLE}\n{write}\nxl create -q /root/guest.cfg", READY_LIMIT_S)
     return wait_for(host, lambda console: console.last(), READY_LIMIT_S, "reports")
 
 
 def destroy(host):
     """Ends whatever there is of the guest on a host, halves of a failed migration included."""
-    jobs.run(host, f"for name in {NAME} {NAME}--incoming {NAME}--migratedaway; do xl destroy $name; done", REPORT_LIMIT_S)
+    names = f"{NAME} {NAME}--incoming {NAME}--migratedaway"
+    jobs.run(host, f"for name in {names}; do xl destroy $name; done", REPORT_LIMIT_S)
 
 
 def domain_on(host, name=NAME):
@@ -138,5 +142,5 @@ def wait_for(host, wanted, limit_s, what):
             return found
         if time.monotonic() > deadline:
             tail = "\n".join(console.text.splitlines()[-5:]) or "nothing"
-            raise LabError(f"the guest on {host.name} has not said that it {what} within {limit_s} s; it said last:\n{tail}")
+            raise LabError(f"the guest on {host.name} does not say in {limit_s} s that it {what}; its console:\n{tail}")
         time.sleep(POLL_S)

@@ -14,8 +14,8 @@ from .images import loader
 from .network import PREFIX_BITS, address
 
 READY_LIMIT_S = 900
-# What Xen or a guest stumbles over when QEMU 7.2 emulates it (docs/xenlab.md, Pitfalls). Without xsave and what builds on it a
-# guest's registers survive a migration; with it Xen does not see which of them the guest has enabled.
+# Without what Xen or a guest stumbles over when QEMU 7.2 emulates it (docs/xenlab.md, Pitfalls). xsave and what builds
+# on it is out because a guest that had enabled AVX met an invalid opcode at its first AVX instruction after a move.
 CPU = "EPYC,-smap,-smep,-monitor,-fsgsbase,-rdtscp,-xsave,-xsaveopt,-xsavec,-xgetbv1,-xsaves,-avx,-avx2,-fma,-f16c"
 MEMORY_MIB = 3072
 XEN_ARGUMENTS = (
@@ -50,9 +50,8 @@ class Host:
         for folder in ("queue", "jobs", "files"):
             (self.share / folder).mkdir(parents=True)
         environment = dict(os.environ, QEMU_MODULE_DIR=str(self.cache.debian / "usr/lib/x86_64-linux-gnu/qemu"))
-        process.start(
-            network.command(*self.command()), self.record, self.folder / "qemu.log", cwd=self.cache.images, env=environment
-        )
+        log = self.folder / "qemu.log"
+        process.start(network.command(*self.command()), self.record, log, cwd=self.cache.images, env=environment)
 
     def command(self):
         """QEMU with its arguments; it runs in the folder of the images."""

@@ -17,7 +17,8 @@ XEN_PYTHON = "usr/lib/xen-4.17/lib/python"
 PYTHON = "usr/lib/python3.11"
 
 DOM0_PROGRAMS = [
-    *[f"{XEN_BIN}/{name}" for name in ("xl", "xenstored", "xenconsoled", "xen-init-dom0", "libxl-save-helper", "xentop")],
+    *[f"{XEN_BIN}/{name}" for name in ("xl", "xenstored", "xenconsoled", "xen-init-dom0", "libxl-save-helper")],
+    f"{XEN_BIN}/xentop",
     "usr/bin/xenstore",
     "usr/bin/socat",
     "usr/bin/strace",
@@ -80,8 +81,8 @@ def build_static(binary, say):
     say(f"compiling {binary}, static")
     folder = REPOSITORY / "target" / "static"
     settings = {"RUSTFLAGS": "-C target-feature=+crt-static", "CARGO_PROFILE_RELEASE_STRIP": "debuginfo"}
-    command = ["cargo", "build", "--release", "--quiet", "--target", STATIC_TARGET, "--target-dir", folder, "--bin", binary]
-    done = subprocess.run(command, cwd=REPOSITORY, env=dict(os.environ, **settings), stdout=2)
+    command = ["cargo", "build", "--release", "--quiet", "--target", STATIC_TARGET, "--target-dir", folder]
+    done = subprocess.run([*command, "--bin", binary], cwd=REPOSITORY, env=dict(os.environ, **settings), stdout=2)
     if done.returncode != 0:
         raise LabError(f"{binary} does not compile: see above")
     return folder / STATIC_TARGET / "release" / binary

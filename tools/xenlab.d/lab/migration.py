@@ -128,7 +128,8 @@ def save_and_restore(host, helper):
     before = guest.read(host).last()
     frames = populated_frames(host)
     begin = jobs.must(host, "cat /proc/uptime", SHORT_LIMIT_S)
-    saved = jobs.run(host, f"rm -rf {TRIAL}; mkdir {TRIAL}\n{helper.exports()}exec xl save {guest.NAME} {SAVED}", LIMIT_S)
+    script = f"rm -rf {TRIAL}; mkdir {TRIAL}\n{helper.exports()}exec xl save {guest.NAME} {SAVED}"
+    saved = jobs.run(host, script, LIMIT_S)
     if saved.code != 0:
         raise LabError(f"xl save on {host.name} failed: {last_error(saved.err + saved.out)}")
     jobs.must(host, f"rm -f {guest.CONSOLE}", SHORT_LIMIT_S)
@@ -152,7 +153,7 @@ def settle(host, before):
     """Waits until the guest runs again, has checked its whole memory and goes on writing; says what it reports."""
     resumed = guest.wait_for(
         host,
-        lambda console: [report for report in console.since(before["seq"]) if report["suspends"] > before["suspends"]],
+        lambda console: [one for one in console.since(before["seq"]) if one["suspends"] > before["suspends"]],
         SETTLE_LIMIT_S,
         "runs on",
     )[0]
@@ -185,7 +186,7 @@ def populated_frames(host):
 
 def trial_file(host, name):
     """A file of the last trial, empty if there is none."""
-    done = jobs.run(host, f"cp {TRIAL}/{name} /lab/files/trial-{name} && chmod 644 /lab/files/trial-{name}", SHORT_LIMIT_S)
+    done = jobs.run(host, f"cp {TRIAL}/{name} /lab/files/trial-{name}", SHORT_LIMIT_S)
     passing = host.share / "files" / f"trial-{name}"
     if done.code != 0 or not passing.exists():
         return b""
@@ -211,17 +212,18 @@ def syscalls(host):
 
 
 def json_report(host):
-    """pagecast's own report of the migration: the last line that is one."""
-    for line in reversed(trial_file(host, "report.json").decode(errors="replace").splitlines()):
+    """pagecast's own report of the migration: the whole file or, where it has progress lines as well, its last line."""
+    text = trial_file(host, "report.json").decode(errors="replace").strip()
+    for candidate in (text, text.rpartition("\n")[2]):
         try:
-            return json.loads(line)
+            return json.loads(candidate)
         except ValueError:
             continue
     return None
 
 
 def pages_sent(host, populated):
-    """Pages with data that were sent, once for each transmission: by pagecast's report or the stock helper's messages."""
+    """Transmissions of pages with data: by pagecast's report or the stock helper's messages."""
     report = json_report(host)
     if report:
         return report.get("pages_sent")
@@ -233,8 +235,9 @@ def pages_sent(host, populated):
 def stock_rounds(messages):
     """Frames of each round of the stock helper, the stop-and-copy among them, from its messages to libxl.
 
-    A message is a 16-bit length and that many bytes: a 16-bit number and its arguments. Number 2 is progress: two strings,
-    each a 32-bit length and bytes with a NUL, and the 64-bit numbers done and total. A round begins at done = 0.
+    A message is a 16-bit length and that many bytes: a 16-bit number and its arguments. Number 2 is progress: two
+    strings, each a 32-bit length and bytes with a NUL, and the 64-bit numbers done and total. A round begins at
+    done = 0.
     """
     rounds = []
     at = 0

@@ -3,7 +3,10 @@
 The taps have vnet_hdr, so that a host can send large segments; `-netdev socket`, which cannot, moves about 1.3 MB/s.
 """
 
+import contextlib
 import hashlib
+import os
+import signal
 import subprocess
 
 from .errors import LabError
@@ -41,9 +44,13 @@ class Network:
             self.inside("link", "set", tap, "master", BRIDGE, "up")
 
     def remove(self):
-        """Takes the namespace away, and all that is in it; the hosts have ended before."""
-        if self.exists():
-            ip("netns", "delete", self.name)
+        """Takes the namespace away, and ends what is still running in it."""
+        if not self.exists():
+            return
+        for pid in ip("netns", "pids", self.name).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        ip("netns", "delete", self.name)
 
     def inside(self, *arguments):
         """An `ip` command in the namespace."""
@@ -55,7 +62,8 @@ class Network:
 
 
 def ip(*arguments):
-    """Runs `ip`."""
+    """Runs `ip` and returns what it printed."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if done.returncode != 0:
         raise LabError(f"`ip {' '.join(arguments)}` failed: {done.stderr.strip()}")
+    return done.stdout

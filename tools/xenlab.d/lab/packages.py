@@ -69,7 +69,11 @@ def apt(options, *arguments, check=True):
     """Runs apt-get on the private root and returns what it printed."""
     environment = dict(os.environ, LC_ALL="C", DEBIAN_FRONTEND="noninteractive")
     done = subprocess.run(
-        ["apt-get", "-q", *options, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment
+        ["apt-get", "-q", *options, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     if check and done.returncode != 0:
         why = [line for line in done.stderr.splitlines() if line.startswith("E:")] or ["no message"]

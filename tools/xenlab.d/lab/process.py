@@ -33,7 +33,7 @@ def start_time(pid):
 def is_running(record):
     """Whether the process that was written down still runs."""
     known = load(record)
-    return known is not None and start_time(known["pid"]) == known["started"]
+    return known is not None and known["started"] is not None and start_time(known["pid"]) == known["started"]
 
 
 def stop(record):

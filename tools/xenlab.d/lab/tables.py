@@ -8,11 +8,12 @@ def table(heads, rows):
     right = [all(not isinstance(row[column], str) for row in rows) for column in range(len(heads))]
 
     def line(row):
-        padded = [cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in zip(row, widths, right)]
+        columns = zip(row, widths, right)
+        padded = [cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in columns]
         return "| " + " | ".join(padded) + " |"
 
-    rule = "|" + "|".join("-" * (width + 1) + (":" if to_right else "-") for width, to_right in zip(widths, right)) + "|"
-    return "\n".join([line(heads), rule, *[line(row) for row in cells]])
+    rules = ["-" * (width + 1) + (":" if to_right else "-") for width, to_right in zip(widths, right)]
+    return "\n".join([line(heads), "|" + "|".join(rules) + "|", *[line(row) for row in cells]])
 
 
 def show(cell):

@@ -1,4 +1,4 @@
-"""Tells the hosts of a lab what time it is, over UDP, until its standard input ends; `clock` runs it in the namespace."""
+"""Tells a lab's hosts what time it is, over UDP, until its standard input ends; `clock` runs it in the namespace."""
 
 import select
 import socket

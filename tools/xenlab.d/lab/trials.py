@@ -1,8 +1,11 @@
 """`migrate-test`: many migrations in a row under load, then a save and a restore, unattended."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
+import time
 
 from . import guest, jobs, migration
 from .errors import LabError
@@ -33,12 +36,16 @@ class Standing:
             self.lab.down()
 
 
+def check_helper(path):
+    """Says what is wrong with a save helper before anything is booted for it."""
+    if path and not (os.path.isfile(path) and os.access(path, os.X_OK)):
+        raise LabError(f"the save helper {path} is not there or may not be executed: see `tools/xenlab static`")
+
+
 def install(hosts, path):
     """Puts a save helper into each dom0; returns its name there, None for the stock one."""
     if not path:
         return None
-    if not os.access(path, os.X_OK):
-        raise LabError(f"the save helper {path} is not there or may not be executed")
     for host in hosts:
         jobs.put(host, path, HELPER)
     return HELPER
@@ -46,6 +53,7 @@ def install(hosts, path):
 
 def migrate_test(lab, options, settings, environment):
     """Runs the test; prints a line for each migration as it comes and the table at the end."""
+    check_helper(options.helper)
     records = []
     with Standing(lab, options.keep) as hosts:
         helper = Helper(install(hosts, options.helper), environment)
@@ -66,8 +74,17 @@ def migrate_test(lab, options, settings, environment):
         finally:
             if records:
                 print(table(HEADS, rows(records)), flush=True)
+                lab.say(f"each migration is a line of {write_lines(lab.cache, records)}")
     done = f"{options.count} migrations" + ("" if options.no_save else ", a save and a restore")
     print(f"{done}: no error in the guest's memory")
+
+
+def write_lines(cache, records):
+    """Writes the records, pagecast's own reports in them, as JSON lines to a new file; returns its name."""
+    cache.results.mkdir(parents=True, exist_ok=True)
+    path = cache.results / time.strftime("migrate-test-%Y%m%d-%H%M%S.jsonl")
+    path.write_text("".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
+    return path
 
 
 def tell(lab, records):
@@ -109,9 +126,8 @@ def verify_stream(cache, stream):
     """Runs Xen's verifier, from the unpacked package, on a stream of xl's format."""
     xen = cache.debian / "usr/lib/xen-4.17"
     environment = dict(os.environ, PYTHONPATH=str(xen / "lib/python"), PYTHONDONTWRITEBYTECODE="1")
-    done = subprocess.run(
-        [sys.executable, xen / "bin/verify-stream-v2", "-f", "xl", "-i", stream], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, xen / "bin/verify-stream-v2", "-f", "xl", "-i", stream]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         said = (done.stderr + done.stdout).strip().splitlines() or ["nothing"]
         raise LabError(f"verify-stream-v2 rejects {stream}: {said[-1]}")
