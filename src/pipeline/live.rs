@@ -236,7 +236,7 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
                 self.show(lanes, started);
                 shown = Instant::now();
             }
-            std::thread::sleep(Duration::from_micros(100));
+            std::thread::sleep(Duration::from_micros(200));
         }
         let Joined { scanner, mappers, senders } = lanes.join();
         match (scanner, senders) {

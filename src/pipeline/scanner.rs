@@ -23,6 +23,9 @@ use std::sync::atomic::Ordering;
 /// How far ahead of the wire the scanner hands pages out.
 const WINDOW: Duration = Duration::from_millis(20);
 
+/// The most pages that are handed out at once on the slowest of links: on fewer, the work for each would be felt.
+const LEAST_BATCH: usize = 16;
+
 /// Bytes on the wire for a page with data: itself, its entry, and its share of the record's header.
 pub const WIRE_BYTES_PER_PAGE: f64 = PAGE_SIZE as f64 + 8.0 + 16.0 / BATCH_PAGES as f64;
 
@@ -89,12 +92,21 @@ impl Cadence {
         self.share.map_or(Duration::ZERO, |share| took.div_f64(share.max(1e-6)))
     }
 
-    /// When the next sample is due after one at `at` that took `took`.
+    /// When the next sample is due after one at `at` that took `took`. Half of the share is kept for samples that are taken
+    /// early.
     fn next_sample(&self, at: Duration, took: Duration, engine: &Engine) -> Duration {
         if self.share.is_some() && engine.samples_by_round() {
             return Duration::MAX;
         }
-        at + self.sample_interval.max(self.rest(took))
+        at + self.sample_interval.max(2 * self.rest(took))
+    }
+
+    /// Whether a sample may be taken before it is due, because all that is known to be dirty has been sent: the next one is
+    /// then all that the end of pre-copy waits for. `samples` were taken so far, in `sampling`.
+    fn may_be_early(&self, since_last: Duration, now: Duration, samples: u64, sampling: Duration) -> bool {
+        let Some(share) = self.share else { return false };
+        let another = sampling / samples.max(1) as u32;
+        since_last >= self.sample_interval && sampling + another <= now.mul_f64(share)
     }
 }
 
@@ -236,7 +248,7 @@ impl Scanner {
                 }
                 Fed::WindowFull => {
                     // Far more than this is on its way; a few long naps cost less than many short ones.
-                    idle.sleep((WINDOW / 8).min(self.next_sample.saturating_sub(now)));
+                    idle.sleep((WINDOW / 4).min(self.next_sample.saturating_sub(now)));
                     continue;
                 }
                 Fed::RingFull => {}
@@ -246,7 +258,14 @@ impl Scanner {
                     idle.wait(Duration::MAX);
                     continue;
                 }
-                Fed::Nothing => self.rate.note_idle(),
+                Fed::Nothing => {
+                    self.rate.note_idle();
+                    let since_last = now.saturating_sub(self.last_sample);
+                    if self.cadence.may_be_early(since_last, now, self.samples, self.sampling) {
+                        self.next_sample = now;
+                        continue;
+                    }
+                }
             }
             idle.wait(self.next_sample.saturating_sub(self.started.elapsed()));
         }
@@ -331,10 +350,9 @@ impl Scanner {
 
     /// Hands out at most one batch.
     fn feed(&mut self, now: Duration) -> Result<Fed, GuestError> {
-        let window = (self.rate.pages_per_s() * WINDOW.as_secs_f64()) as u64;
-        let max = (self.rate.pages_per_s() * WINDOW.as_secs_f64() / 4.0) as usize;
-        let in_flight = self.in_flight();
-        if in_flight > window {
+        let window = self.rate.pages_per_s() * WINDOW.as_secs_f64();
+        let max = (window / 4.0) as usize;
+        if self.link().in_flight > window as u64 {
             return Ok(Fed::WindowFull);
         }
         match self.dealer.make_room() {
@@ -351,7 +369,13 @@ impl Scanner {
         let link = self.link();
         let cadence = &self.cadence;
         let mut peek = LogPeek { log: self.log.as_mut(), peeks: &mut self.peeks, cadence, now, failed: None };
-        let next = self.engine.next_batch(now, max.clamp(1, BATCH_PAGES), &link, &mut peek, &mut self.chosen);
+        let next = self.engine.next_batch(
+            now,
+            max.clamp(LEAST_BATCH, BATCH_PAGES),
+            &link,
+            &mut peek,
+            &mut self.chosen,
+        );
         if let Some(error) = peek.failed {
             return Err(error);
         }
@@ -496,6 +520,24 @@ impl LinkRate {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn samples_keep_to_their_share_of_the_time_and_some_of_it_is_left_for_the_end() {
+        let ms = Duration::from_millis;
+        let cadence = Cadence { live: true, sample_interval: ms(50), share: Some(0.02), bandwidth: None };
+        assert!(!cadence.may_be_early(ms(400), ms(400), 0, ms(10)), "more than the share is spent");
+        // One sample of 10 ms a second leaves half of the share.
+        assert!(cadence.may_be_early(ms(500), ms(10_000), 10, ms(100)));
+        assert!(!cadence.may_be_early(ms(40), ms(10_000), 10, ms(100)), "sooner than any sample");
+        let (mut now, mut samples, mut sampling) = (ms(10_000), 10, ms(100));
+        while cadence.may_be_early(ms(50), now, samples, sampling) {
+            (now, samples, sampling) = (now + ms(50), samples + 1, sampling + ms(10));
+        }
+        assert_eq!(samples, 21, "another eleven, since time goes on");
+        assert!(sampling <= now.mul_f64(0.02));
+        let free = Cadence { share: None, ..cadence };
+        assert!(!free.may_be_early(ms(500), ms(10_000), 10, ms(100)), "where it costs nothing none is early");
+    }
 
     #[test]
     fn a_speed_that_nobody_has_seen_proves_nothing() {

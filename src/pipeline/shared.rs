@@ -93,26 +93,36 @@ impl Shared {
 
     /// A stage's way of waiting.
     pub fn idle(&self) -> Idle {
-        Idle { spin: self.spin, nap: Idle::SHORTEST }
+        Idle { spin: self.spin, nap: Idle::SHORTEST, slept: Duration::ZERO, pace: Duration::ZERO }
     }
 }
 
 /// How a stage waits for work: in naps that grow from 20 microseconds to half a millisecond, so that a busy
 /// pipeline reacts at once and a throttled one hardly uses its cores. The longest is far less than the rings and
 /// slots hold: at 2.5 GB/s the 16 slots of a lane are 1.7 ms of work.
+///
+/// Behind a slow link work comes every few milliseconds, and the naps grow to a quarter of that. (In the Xen lab, where a nap
+/// costs some 100 microseconds of CPU, naps of half a millisecond took most of the threads' time.)
 pub struct Idle {
     spin: bool,
     nap: Duration,
+    /// Slept since there was work.
+    slept: Duration,
+    /// How long there was usually nothing to do between work and work.
+    pace: Duration,
 }
 
 impl Idle {
     const SHORTEST: Duration = Duration::from_micros(20);
     const LONGEST: Duration = Duration::from_micros(500);
+    const LONGEST_WHEN_SLOW: Duration = Duration::from_millis(4);
 
     /// There was work. The next nap is half as long, not the shortest: work that comes at a steady, slow pace is then
     /// met by naps of about its period, instead of a whole ladder of naps for each piece.
     pub fn worked(&mut self) {
         self.nap = (self.nap / 2).max(Self::SHORTEST);
+        self.pace = (self.pace + self.slept) / 2;
+        self.slept = Duration::ZERO;
     }
 
     /// There was none: waits a little, `most` at most.
@@ -135,7 +145,40 @@ impl Idle {
     /// The length of the next nap, for a stage that can do something useful while it waits; zero if it must not sleep.
     pub fn nap(&mut self) -> Duration {
         let nap = self.nap;
-        self.nap = (nap * 2).min(Self::LONGEST);
+        self.slept = self.slept.saturating_add(nap);
+        let longest = (self.pace / 4).clamp(Self::LONGEST, Self::LONGEST_WHEN_SLOW);
+        self.nap = (nap * 2).min(longest);
         if self.spin { Duration::ZERO } else { nap }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    /// The longest nap of a stage that gets work whenever it has slept for `gap`, after a while.
+    fn longest_nap(gap: Duration) -> Duration {
+        let mut idle = Shared::new(1, false).idle();
+        let mut longest = Duration::ZERO;
+        for _ in 0..50 {
+            longest = Duration::ZERO;
+            let mut slept = Duration::ZERO;
+            while slept < gap {
+                let nap = idle.nap();
+                slept += nap;
+                longest = longest.max(nap);
+            }
+            idle.worked();
+        }
+        longest
+    }
+
+    #[test]
+    fn naps_are_short_behind_a_fast_link_and_a_part_of_the_wait_behind_a_slow_one() {
+        assert!(longest_nap(Duration::from_micros(100)) <= Duration::from_micros(200));
+        assert_eq!(longest_nap(Duration::from_millis(1)), Idle::LONGEST);
+        let slow = longest_nap(Duration::from_millis(10));
+        assert!(slow > Duration::from_millis(2) && slow < Duration::from_millis(4), "{slow:?}");
+        assert_eq!(longest_nap(Duration::from_secs(1)), Idle::LONGEST_WHEN_SLOW);
     }
 }

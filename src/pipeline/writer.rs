@@ -88,7 +88,10 @@ impl Writer {
                     slots.push(first);
                     self.write(&mut slots)?;
                 }
-                Err(PopError::Empty) => idle.wait(Duration::MAX),
+                Err(PopError::Empty) => {
+                    self.note_buffered();
+                    idle.wait(Duration::MAX);
+                }
                 Err(PopError::Closed) => return Ok(()),
             }
         }
@@ -143,9 +146,17 @@ impl Writer {
         let progress = &self.shared.lanes[self.setup.lane];
         progress.data_pages.fetch_add(data_pages, Ordering::Relaxed);
         progress.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        progress.buffered.store(self.setup.stream.buffered(), Ordering::Relaxed);
         progress.entries.fetch_add(entries, Ordering::Release);
+        progress.buffered.store(self.setup.stream.buffered(), Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Looks how much the pipe still holds, if it held anything: the scanner waits for it to become less.
+    fn note_buffered(&self) {
+        let buffered = &self.shared.lanes[self.setup.lane].buffered;
+        if buffered.load(Ordering::Relaxed) > 0 {
+            buffered.store(self.setup.stream.buffered(), Ordering::Relaxed);
+        }
     }
 
     fn wait_for_turn(&mut self) -> Result<(), SendError> {
@@ -159,5 +170,54 @@ impl Writer {
                 return Err(SendError::Aborted);
             }
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+    use crate::page::PAGE_SIZE;
+    use crate::pipeline::batch::{RecordInfo, Runs};
+    use crate::pipeline::ring::ring;
+    use crate::sys::slot_memory::SlotMemory;
+
+    /// A slot of `byte`s to be written.
+    fn filled(mut slot: Slot, byte: u8) -> FilledSlot {
+        slot.bytes_mut().fill(byte);
+        let size = slot.size();
+        let info = RecordInfo { entries: 1, data_pages: 1, external: Runs::new() };
+        FilledSlot::new(slot, 0..size, info).ok().expect("the whole slot")
+    }
+
+    #[test]
+    fn what_a_pipe_holds_is_known_when_nothing_more_is_written_too_and_slots_come_back() {
+        let (pool, slots) = SlotPool::new(SlotMemory::new(20 * PAGE_SIZE).unwrap(), PAGE_SIZE).unwrap();
+        let (mut reader, into) = std::io::pipe().unwrap();
+        let stream = Arc::new(StreamOut::new(into.into()).unwrap());
+        let (mut to_writer, filled_out) = ring(32);
+        let (free_in, mut free) = ring(32);
+        let shared = Arc::new(Shared::new(1, false));
+        let setup = WriterSetup { stream, lane: 0, pool, bytes_per_s: None };
+        let writer = Writer::new(setup, filled_out, free_in, shared.clone());
+        for (byte, slot) in slots.into_iter().enumerate() {
+            assert!(to_writer.push(filled(slot, byte as u8)).is_ok());
+        }
+        let thread = std::thread::spawn(move || writer.run());
+        while shared.entries_sent() < 20 {
+            std::thread::yield_now();
+        }
+        let mut all = vec![0; 20 * PAGE_SIZE];
+        reader.read_exact(&mut all).unwrap();
+        assert!(all.chunks(PAGE_SIZE).enumerate().all(|(byte, page)| page.iter().all(|b| *b == byte as u8)));
+        while shared.bytes_buffered() > 0 {
+            std::thread::yield_now();
+        }
+        drop(to_writer);
+        let report = thread.join().unwrap().unwrap();
+        assert_eq!(report.bytes.plain_bytes, 20 * PAGE_SIZE as u64);
+        assert!(report.enters <= 20, "several slots in a write");
+        assert_eq!(std::iter::from_fn(|| free.pop().ok()).count(), 20);
     }
 }
