@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::XenError;
 use super::hypervisor::{Hypervisor, MAX_TYPES};
 use super::population::{Asker, Change, Population};
+use super::shared::Shared;
 use crate::page::Pfn;
 use crate::sys::xen::abi::DomId;
 
@@ -25,7 +26,7 @@ pub struct DiscoveryCost {
     pub populated: u64,
     /// Frames that Xen counts for the domain.
     pub tot_pages: u64,
-    /// Both are equal, which proves that no page was overlooked.
+    /// Both are equal (or differ by as much as they did at first), which proves that no page was overlooked.
     pub proved: bool,
     /// All page numbers had to be asked for.
     pub walked_all: bool,
@@ -76,18 +77,8 @@ pub(super) fn discover(
     for chunk in 0..population.known().nr_chunks() {
         population.set_asked(chunk, epoch);
     }
-    let (nr_pfns, populated) = (population.known().nr_pages(), population.known().len());
-    Ok(DiscoveryCost {
-        nr_pfns,
-        populated,
-        tot_pages,
-        proved: populated == tot_pages,
-        walked_all,
-        calls: asker.calls,
-        frames_asked: asker.frames,
-        calls_of_full_walk: nr_pfns.div_ceil(MAX_TYPES as u64),
-        seconds: began.elapsed().as_secs_f64(),
-    })
+    let found = Found { tot_pages, proved: population.known().len() == tot_pages, walked_all };
+    Ok(cost(population, &asker, found, began))
 }
 
 /// Asks for all pages of `chunks`.
@@ -105,69 +96,78 @@ fn ask_chunks(
 }
 
 /// Finds the pages that a suspended domain has got since it was discovered, and has `came` know of each. Asks only for
-/// what is not known to be there, and what was asked for in `epoch` not at all; whether pages known have gone is of no
-/// interest, but for the count.
+/// what is not known to be there, and not for chunks that were asked for in `final_epoch`, which began when the domain was
+/// suspended; whether pages known have gone is of no interest, but for the count.
 pub(super) fn discover_again(
-    hypervisor: &dyn Hypervisor,
-    domid: DomId,
+    shared: &Shared,
     population: &mut Population,
-    epoch: u32,
+    final_epoch: Option<u32>,
     came: &mut dyn FnMut(Pfn),
 ) -> Result<DiscoveryCost, XenError> {
     let began = Instant::now();
+    let hypervisor = shared.hypervisor.as_ref();
     let mut asker = Asker::new();
     let mut ask = |population: &mut Population, pages: Vec<Pfn>| {
-        asker.ask(hypervisor, domid, pages.into_iter(), |pfn, there| {
+        asker.ask(hypervisor, shared.domid, pages.into_iter(), |pfn, there| {
             if population.note(pfn, there) == Change::Came {
                 came(pfn);
             }
         })
     };
+    // Pages that were written and not there, holes between pages, and probes of what was empty.
+    ask(population, population.missed())?;
+    let is_open =
+        |population: &Population, chunk| !final_epoch.is_some_and(|e| population.is_asked(chunk, e));
     let nr_chunks = population.known().nr_chunks();
-    let open: Vec<usize> = (0..nr_chunks).filter(|chunk| !population.is_asked(*chunk, epoch)).collect();
-    // Holes between pages, and probes of what was empty.
-    let (mut occupied, mut empty): (Vec<usize>, Vec<usize>) =
-        open.into_iter().partition(|chunk| population.known().chunk_len(*chunk) > 0);
+    let open: Vec<usize> = (0..nr_chunks).filter(|chunk| is_open(population, *chunk)).collect();
+    let is_empty = |population: &Population, chunk| population.known().chunk_len(chunk) == 0;
+    let (empty, _): (Vec<usize>, Vec<usize>) = open.iter().partition(|chunk| is_empty(population, **chunk));
     ask(population, probes(population, |chunk| empty.binary_search(&chunk).is_ok()))?;
-    empty.retain(|chunk| {
-        let stays_empty = population.known().chunk_len(*chunk) == 0;
-        if !stays_empty {
-            occupied.push(*chunk);
-        }
-        stays_empty
-    });
+    let (empty, occupied): (Vec<usize>, Vec<usize>) =
+        open.into_iter().partition(|chunk| is_empty(population, *chunk));
     ask(population, unknown(population, &occupied))?;
-    let tot_pages = hypervisor.domain_info(domid)?.tot_pages;
+    let tot_pages = hypervisor.domain_info(shared.domid)?.tot_pages;
+    let excess =
+        |population: &Population| population.known().len() as i64 + shared.surplus - tot_pages as i64;
     let mut walked_all = false;
-    if population.known().len() != tot_pages {
+    if excess(population) != 0 {
         // Either pages have gone that were thought to be there, or some have come in a chunk that seemed empty. Only
         // asking for one or the other can tell; where it may be either, the smaller lot goes first.
-        let gone: Vec<Pfn> =
+        let known: Vec<Pfn> =
             occupied.iter().flat_map(|chunk| population.known().pages_of_chunk(*chunk)).collect();
         let hidden = unknown(population, &empty);
-        if population.known().len() > tot_pages && gone.len() < hidden.len() {
-            ask(population, gone)?;
+        if excess(population) > 0 && known.len() < hidden.len() {
+            ask(population, known)?;
         }
-        walked_all = population.known().len() != tot_pages;
+        walked_all = excess(population) != 0;
         if walked_all {
             ask(population, hidden)?;
         }
     }
-    let (nr_pfns, populated) = (population.known().nr_pages(), population.known().len());
-    for chunk in 0..nr_chunks {
-        population.set_asked(chunk, epoch);
-    }
-    Ok(DiscoveryCost {
+    let found = Found { tot_pages, proved: excess(population) == 0, walked_all };
+    Ok(cost(population, &asker, found, began))
+}
+
+/// What the search ended with.
+struct Found {
+    tot_pages: u64,
+    proved: bool,
+    walked_all: bool,
+}
+
+fn cost(population: &Population, asker: &Asker, found: Found, began: Instant) -> DiscoveryCost {
+    let nr_pfns = population.known().nr_pages();
+    DiscoveryCost {
         nr_pfns,
-        populated,
-        tot_pages,
-        proved: populated == tot_pages,
-        walked_all,
+        populated: population.known().len(),
+        tot_pages: found.tot_pages,
+        proved: found.proved,
+        walked_all: found.walked_all,
         calls: asker.calls,
         frames_asked: asker.frames,
         calls_of_full_walk: nr_pfns.div_ceil(MAX_TYPES as u64),
         seconds: began.elapsed().as_secs_f64(),
-    })
+    }
 }
 
 /// The pages of `chunks` that are not known to be there.

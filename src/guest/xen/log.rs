@@ -1,7 +1,7 @@
 //! The dirty log of a Xen domain. Each sample pauses the domain for as long as Xen takes to copy the whole bitmap.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::XenError;
 use super::discovery::{DiscoveryCost, discover_again};
@@ -39,58 +39,49 @@ impl XenDirtyLog {
         Ok(self.shared.hypervisor.dirty_count(self.shared.domid, self.shared.nr_pfns)?)
     }
 
-    /// Looks whether the guest has given up or got pages since the last sample, and begins a new epoch if so. To be done
-    /// before the log is cleared: what the guest has got by then is logged from the clearing on.
-    fn note_ballooning(&self) -> Result<(), XenError> {
+    /// Clears the log into `dirty`. Whether the guest gave up or got pages since the last sample; if so, a new epoch has
+    /// begun.
+    ///
+    /// The order matters. What the guest has got when it is asked is logged from the clearing on; and only what is
+    /// compared after the clearing may be called the same, so the epoch that has windows compared begins after it.
+    fn clear(&self, last: bool, dirty: &mut PageSet) -> Result<bool, XenError> {
         let shared = &self.shared;
+        shared.check()?;
         let tot_pages = shared.hypervisor.domain_info(shared.domid)?.tot_pages;
-        if shared.note_tot_pages(tot_pages) {
-            shared.begin_epoch();
-            if !shared.logs_p2m_changes {
-                shared.population().mark_let_go_unlogged();
-            }
-        }
-        Ok(())
-    }
-
-    fn clean(&self, last: bool, dirty: &mut PageSet) -> Result<(), XenError> {
-        let shared = &self.shared;
         let take = &mut |words: &[u64]| dirty.insert_bitmap(words);
         shared.hypervisor.clean(shared.domid, shared.nr_pfns, last, take)?;
-        Ok(())
-    }
-
-    fn sample(&self, dirty: &mut PageSet) -> Result<(), XenError> {
-        self.shared.check()?;
-        self.note_ballooning()?;
-        self.clean(false, dirty)?;
-        self.shared.population().take_unlogged(dirty);
-        Ok(())
+        let ballooned = shared.note_tot_pages(tot_pages);
+        let mut population = shared.population();
+        if ballooned {
+            shared.begin_epoch();
+            population.mark_doubtful_unlogged();
+        } else {
+            population.forget_young();
+        }
+        population.take_unlogged(dirty);
+        Ok(ballooned)
     }
 
     fn last_sample(&self, dirty: &mut PageSet) -> Result<(), XenError> {
         let shared = &self.shared;
-        shared.check()?;
-        self.note_ballooning()?;
-        if self.final_mapping == FinalMapping::Always {
+        let ballooned = self.clear(true, dirty)?;
+        let always = self.final_mapping == FinalMapping::Always;
+        if always && !ballooned {
             shared.begin_epoch();
         }
-        self.clean(true, dirty)?;
         self.check_growth()?;
-        if shared.has_ballooned() {
-            for lane in shared.each_lane() {
-                lock(&lane).settle(shared)?;
-            }
-            let epoch = shared.epoch();
-            let mut population = shared.population();
-            let came = &mut |pfn| {
-                dirty.insert(pfn);
-            };
-            let hypervisor = shared.hypervisor.as_ref();
-            let cost = discover_again(hypervisor, shared.domid, &mut population, epoch, came)?;
-            *self.last_discovery.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(cost);
+        for lane in shared.each_lane() {
+            lock(&lane).settle(shared)?;
         }
-        shared.population().take_unlogged(dirty);
+        // Only answers of an epoch that began while the guest stands still are final.
+        let final_epoch = (ballooned || always).then(|| shared.epoch());
+        let mut population = shared.population();
+        let came = &mut |pfn| {
+            dirty.insert(pfn);
+        };
+        let cost = discover_again(shared, &mut population, final_epoch, came)?;
+        population.take_unlogged(dirty);
+        *self.last_discovery.lock().unwrap_or_else(PoisonError::into_inner) = Some(cost);
         Ok(())
     }
 
@@ -111,7 +102,8 @@ impl XenDirtyLog {
 
 impl DirtyLog for XenDirtyLog {
     fn get_and_clear(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
-        Ok(self.sample(dirty)?)
+        self.clear(false, dirty)?;
+        Ok(())
     }
 
     fn get_and_clear_last(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {

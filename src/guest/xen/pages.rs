@@ -36,7 +36,13 @@ impl XenPages {
         let mut windows = lock(&self.windows);
         let found: Result<_, XenError> = windows.window(&self.shared, pfn.chunk());
         match found {
-            Ok(window) => window?.page(pfn.in_chunk()).map(|(mapping, index)| content(mapping, index)),
+            Ok(window) => {
+                let page = window.and_then(|window| window.page(pfn.in_chunk()));
+                if page.is_none() {
+                    self.shared.population().note_missed(pfn);
+                }
+                page.map(|(mapping, index)| content(mapping, index))
+            }
             Err(error) => {
                 self.shared.fail(error);
                 None

@@ -40,6 +40,10 @@ pub(super) struct Population {
     unlogged: PageSet,
     /// Chunks of which pages were read through a mapping that has been let go since, for each chunk.
     let_go: Vec<bool>,
+    /// Chunks mapped since the last sample.
+    young: Vec<usize>,
+    /// Pages that were wanted and were not there.
+    missed: PageSet,
 }
 
 /// What an answer about a page changed.
@@ -57,7 +61,14 @@ impl Population {
     pub(super) fn new(nr_pfns: u64) -> Self {
         let known = PageSet::empty(nr_pfns);
         let chunks = known.nr_chunks();
-        Population { asked: vec![0; chunks], let_go: vec![false; chunks], unlogged: known.clone(), known }
+        Population {
+            asked: vec![0; chunks],
+            unlogged: known.clone(),
+            let_go: vec![false; chunks],
+            young: Vec::new(),
+            missed: known.clone(),
+            known,
+        }
     }
 
     /// Pages known to be there.
@@ -94,17 +105,39 @@ impl Population {
         self.let_go[chunk] = true;
     }
 
-    /// Has the next sample call all pages dirty of which it cannot be told whether they are the same; how many.
-    pub(super) fn mark_let_go_unlogged(&mut self) -> u64 {
-        let before = self.unlogged.len();
-        for (chunk, let_go) in self.let_go.iter_mut().enumerate() {
-            if std::mem::take(let_go) {
+    /// Notes that a chunk was mapped.
+    pub(super) fn note_young(&mut self, chunk: usize) {
+        self.young.push(chunk);
+    }
+
+    /// Ends the time in which a chunk counts as newly mapped.
+    pub(super) fn forget_young(&mut self) {
+        self.young.clear();
+    }
+
+    /// Has the next sample call all pages dirty of which it cannot be told by comparison whether they are what was sent:
+    /// those whose mapping was let go, and those that may have been replaced just before they were mapped.
+    pub(super) fn mark_doubtful_unlogged(&mut self) {
+        for chunk in self.young.drain(..) {
+            self.let_go[chunk] = true;
+        }
+        for (chunk, doubtful) in self.let_go.iter_mut().enumerate() {
+            if std::mem::take(doubtful) {
                 for pfn in self.known.pages_of_chunk(chunk) {
                     self.unlogged.insert(pfn);
                 }
             }
         }
-        self.unlogged.len() - before
+    }
+
+    /// Notes that a page was wanted and was not there.
+    pub(super) fn note_missed(&mut self, pfn: Pfn) {
+        self.missed.insert(pfn);
+    }
+
+    /// The pages that were wanted and were not there, and are not known to have come since.
+    pub(super) fn missed(&self) -> Vec<Pfn> {
+        self.missed.iter().filter(|pfn| !self.known.contains(*pfn)).collect()
     }
 
     /// Moves what the dirty log has missed into `dirty`.
@@ -198,13 +231,29 @@ mod tests {
         population.note(Pfn(599), true);
         population.note(Pfn(7), true);
         population.note_let_go(1);
-        assert_eq!((population.mark_let_go_unlogged(), population.mark_let_go_unlogged()), (2, 0));
+        population.note_young(0);
+        population.forget_young();
+        population.mark_doubtful_unlogged();
         population.mark_unlogged(Pfn(3));
         let mut dirty = PageSet::empty(600);
         population.take_unlogged(&mut dirty);
         assert_eq!(dirty.iter().map(|pfn| pfn.0).collect::<Vec<_>>(), [3, 512, 599]);
         dirty.clear();
+        population.mark_doubtful_unlogged();
         population.take_unlogged(&mut dirty);
         assert!(dirty.is_empty());
+        population.note_young(0);
+        population.mark_doubtful_unlogged();
+        population.take_unlogged(&mut dirty);
+        assert_eq!(dirty.iter().collect::<Vec<_>>(), [Pfn(7)]);
+    }
+
+    #[test]
+    fn a_page_missed_is_of_interest_until_it_is_known() {
+        let mut population = Population::new(600);
+        population.note_missed(Pfn(9));
+        population.note_missed(Pfn(10));
+        population.note(Pfn(9), true);
+        assert_eq!(population.missed(), [Pfn(10)]);
     }
 }

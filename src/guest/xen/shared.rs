@@ -2,15 +2,21 @@
 //!
 //! **Ballooning.** A guest may give pages up and get others at the same numbers while it is migrated, and then a kept
 //! mapping shows the old frame. Xen tells nobody, but counts: a frame that we have mapped stays counted among the
-//! guest's when the guest gives it up, so every page that the guest gets makes `tot_pages` larger. It is asked for at each
-//! sample, *before* the dirty log is cleared. When it has changed, or a page was found gone, a new epoch begins: mappings
-//! made in an earlier one are made anew before they are used, and what was asked for in an earlier one is asked again.
+//! guest's when the guest gives it up, so every page that the guest gets makes `tot_pages` larger. It is asked for at
+//! each sample. When it has changed, or a page was found gone, a new *epoch* begins: mappings made in an earlier one are
+//! made anew before they are used, and what was asked for in an earlier one is asked again. At the last sample the
+//! windows left over from earlier epochs are settled, and what is not known to be there is asked for once more.
 //!
 //! **Releases that do not log changes of the p2m** (`XenVersion::logs_p2m_changes`). There a new page is not in the
 //! dirty log, and neither is what is written to it until the log is cleared the next time. So a page that came counts as
-//! dirty in the next sample. And a page that was replaced is found by comparison: the mapping kept shows what was
-//! sent, the new one what is there. Since the comparison comes after a clearing that came after the replacement,
-//! nothing written later is missed. A chunk whose mapping was let go cannot be compared, and counts as dirty as a whole.
+//! dirty in the next sample. A page that was replaced is found by comparison: the window kept shows the frame that was
+//! read, the new one the frame that is there. A chunk whose window was let go cannot be compared, and one that was mapped
+//! since the log was last cleared may have shown the new frame already, with writes to it unlogged; both count as dirty
+//! as a whole.
+//!
+//! What escapes: pages that come while exactly as many pages go of those that are *not* mapped, both between the same two
+//! samples. (Xen's own saver maps each batch anew, but on a release that does not log changes it misses every page that
+//! comes.)
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -32,9 +38,12 @@ pub(super) struct Shared {
     /// Changes of the p2m show in the dirty log.
     pub(super) logs_p2m_changes: bool,
     epoch: AtomicU32,
+    /// By how much Xen's count was off from the pages found when the domain was opened: 0, unless somebody held frames
+    /// that the guest had given up.
+    pub(super) surplus: i64,
     /// As of the last sample.
     tot_pages: AtomicU64,
-    /// A page was found gone since the last sample.
+    /// Since the last sample a page was found gone, or frames of such pages were let go.
     page_went: AtomicBool,
     log_dirty: AtomicBool,
     population: Mutex<Population>,
@@ -61,6 +70,7 @@ impl Shared {
             hypervisor,
             domid,
             nr_pfns: population.known().nr_pages(),
+            surplus: tot_pages as i64 - population.known().len() as i64,
             epoch: AtomicU32::new(FIRST_EPOCH),
             tot_pages: AtomicU64::new(tot_pages),
             page_went: AtomicBool::new(false),
@@ -76,11 +86,6 @@ impl Shared {
         self.epoch.load(Ordering::Acquire)
     }
 
-    /// Whether the guest was ever seen to give up or get pages.
-    pub(super) fn has_ballooned(&self) -> bool {
-        self.epoch() > FIRST_EPOCH
-    }
-
     /// Begins a new epoch.
     pub(super) fn begin_epoch(&self) {
         self.epoch.fetch_add(1, Ordering::AcqRel);
@@ -92,7 +97,7 @@ impl Shared {
         self.tot_pages.swap(tot_pages, Ordering::AcqRel) != tot_pages || went
     }
 
-    /// Notes that a page known was found gone.
+    /// Notes that a page known was found gone, or that frames of such pages are no longer held.
     pub(super) fn note_went(&self) {
         self.page_went.store(true, Ordering::Release);
     }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::MemfdFlags;
 
@@ -54,6 +54,8 @@ pub(crate) struct Guest {
     logs_p2m_changes: bool,
     logging: bool,
     dirty: Vec<u64>,
+    /// Pages that the guest has got so far.
+    pub(crate) came: u64,
     /// Pages whose writes are not logged until the next CLEAN.
     unarmed: BTreeSet<u64>,
     /// The next calls of a kind to fail: how many succeed first, and the error number.
@@ -77,6 +79,7 @@ impl Guest {
         self.frames.push(Frame { references: 1, special });
         assert!(self.frames.len() as u64 <= MAX_MEMORY_FRAMES);
         self.p2m.insert(gfn, self.frames.len() as u64 - 1);
+        self.came += 1;
         if self.logging && self.logs_p2m_changes {
             self.mark(gfn);
         } else if self.logging {
@@ -118,13 +121,20 @@ impl Guest {
 
     /// What the guest's RAM holds.
     pub(crate) fn image(&self) -> BTreeMap<u64, Vec<u8>> {
-        let ram = self.p2m.iter().filter(|(_, frame)| !self.frames[**frame as usize].special);
-        ram.map(|(gfn, frame)| {
-            let mut page = vec![0; PAGE_SIZE];
-            rustix::io::pread(&self.memory, &mut page, frame * PAGE_SIZE as u64).unwrap();
-            (*gfn, page)
-        })
-        .collect()
+        self.p2m.keys().filter_map(|gfn| Some((*gfn, self.image_of(*gfn)?))).collect()
+    }
+
+    /// What a page of the guest's RAM holds.
+    pub(crate) fn image_of(&self, gfn: u64) -> Option<Vec<u8>> {
+        let frame = *self.p2m.get(&gfn)?;
+        let mut page = vec![0; PAGE_SIZE];
+        rustix::io::pread(&self.memory, &mut page, frame * PAGE_SIZE as u64).unwrap();
+        (!self.frames[frame as usize].special).then_some(page)
+    }
+
+    /// Whether there is anything at a page number.
+    pub(crate) fn has(&self, gfn: u64) -> bool {
+        self.p2m.contains_key(&gfn)
     }
 
     /// Page numbers that hold RAM.
@@ -142,7 +152,8 @@ impl Guest {
         self.failures.push((call, successes, errno));
     }
 
-    fn tot_pages(&self) -> u64 {
+    /// Frames that Xen counts for the guest.
+    pub(crate) fn tot_pages(&self) -> u64 {
         self.frames.iter().filter(|frame| frame.references > 0 && !frame.special).count() as u64
     }
 
@@ -183,6 +194,7 @@ impl Simulated {
             logs_p2m_changes: version.logs_p2m_changes(),
             logging: false,
             dirty: vec![0; (nr_pfns as usize).div_ceil(64)],
+            came: 0,
             unarmed: BTreeSet::new(),
             failures: Vec::new(),
         };
@@ -204,7 +216,7 @@ impl Simulated {
 
     /// The guest, to be played.
     pub(crate) fn guest(&self) -> MutexGuard<'_, Guest> {
-        self.guest.lock().unwrap()
+        locked(&self.guest)
     }
 
     /// Has something happen in the middle of every call.
@@ -232,6 +244,11 @@ impl Simulated {
         take(&guest.dirty[..(nr_pfns as usize).div_ceil(64)]);
         Ok(())
     }
+}
+
+/// A test that fails with the guest in hand still unmaps.
+fn locked(guest: &Mutex<Guest>) -> MutexGuard<'_, Guest> {
+    guest.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn refused(errno: i32) -> CallError {
@@ -317,7 +334,7 @@ impl Hypervisor for Simulated {
         }
         let owner = self.guest.clone();
         let on_unmap = Box::new(move || {
-            let mut guest = owner.lock().unwrap();
+            let mut guest = locked(&owner);
             for frame in held {
                 guest.frames[frame as usize].references -= 1;
             }

@@ -159,7 +159,7 @@ impl Windows {
             self.windows.iter().filter(|window| window.epoch != epoch).map(|window| window.chunk).collect();
         for chunk in doubtful {
             if shared.logs_p2m_changes {
-                self.take(chunk);
+                drop(self.take(chunk));
             } else {
                 self.renew(shared, chunk, epoch)?;
             }
@@ -173,24 +173,27 @@ impl Windows {
         let old = self.take(chunk);
         let pages = count(&mask);
         if pages == 0 {
-            return Ok(());
+            return release(shared, old);
         }
-        self.make_room(shared, pages);
+        self.make_room(shared, pages)?;
         let mapping = self.map(shared, chunk, &mask)?;
         self.clock += 1;
         let window = Window { chunk, epoch, mask, mapping, last_used: self.clock };
         self.counts.made += 1;
-        if let Some(old) = old {
+        if !shared.logs_p2m_changes {
+            shared.population().note_young(chunk);
+        }
+        if let Some(old) = &old {
             self.counts.renewed += 1;
             if !shared.logs_p2m_changes {
-                self.compare(shared, &old, &window);
+                self.compare(shared, old, &window);
             }
         }
         self.pages += pages;
         self.counts.most_pages = self.counts.most_pages.max(self.pages as u64);
         self.windows.push(window);
         self.places[chunk] = self.windows.len() as u32;
-        Ok(())
+        release(shared, old)
     }
 
     /// Which pages of a chunk are there, asked for if that was not done in this epoch.
@@ -201,9 +204,10 @@ impl Windows {
             self.asker.ask(shared.hypervisor.as_ref(), shared.domid, pages, |pfn, there| {
                 match population.note(pfn, there) {
                     Change::Went => shared.note_went(),
-                    // What the guest does to a page that came is logged from the next clearing on.
-                    Change::Came if !shared.logs_p2m_changes => population.mark_unlogged(pfn),
-                    Change::Came | Change::None => {}
+                    // Either what the guest does to it is logged from the next clearing on only, or that it came was in
+                    // the log, and was of no use while the page was thought to be a hole.
+                    Change::Came => population.mark_unlogged(pfn),
+                    Change::None => {}
                 }
             })?;
             population.set_asked(chunk, epoch);
@@ -248,16 +252,18 @@ impl Windows {
     }
 
     /// Lets windows go until there is room for one of `pages`.
-    fn make_room(&mut self, shared: &Shared, pages: usize) {
+    fn make_room(&mut self, shared: &Shared, pages: usize) -> Result<(), XenError> {
         while self.windows.len() >= self.limits.windows || self.pages + pages > self.limits.pages {
             let oldest = self.windows.iter().min_by_key(|window| window.last_used).map(|window| window.chunk);
-            let Some(chunk) = oldest else { return };
-            self.take(chunk);
+            let Some(chunk) = oldest else { break };
+            let window = self.take(chunk);
             self.counts.evicted += 1;
             if !shared.logs_p2m_changes {
                 shared.population().note_let_go(chunk);
             }
+            release(shared, window)?;
         }
+        Ok(())
     }
 
     /// Takes a chunk's window out.
@@ -279,4 +285,16 @@ impl Windows {
         self.pages = 0;
         std::mem::take(&mut self.counts)
     }
+}
+
+/// Unmaps a window. If it was the last that held frames which the guest has given up, Xen ceases to count them, which
+/// could hide just as many that the guest has got; so it is asked before and after, and a difference is noted.
+fn release(shared: &Shared, window: Option<Window>) -> Result<(), XenError> {
+    let Some(window) = window else { return Ok(()) };
+    let before = shared.hypervisor.domain_info(shared.domid)?.tot_pages;
+    drop(window);
+    if shared.hypervisor.domain_info(shared.domid)?.tot_pages != before {
+        shared.note_went();
+    }
+    Ok(())
 }

@@ -1,16 +1,18 @@
 //! What holds for a domain as a whole, on the simulated one.
 
+mod failures;
+mod property;
+mod stream;
+
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::sync::Arc;
 
-use super::simulated::{DOMID, NEW, OLD, Simulated};
+use super::simulated::{DOMID, Guest, NEW, OLD, Simulated};
 use super::windows::WindowLimits;
 use super::*;
 use crate::guest::{DirtyLog, PageContent, PageSource};
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
-use crate::stream::{self, HEADER_ROOM, Limits, MAX_ENTRIES, PageRecord, Record, StreamReader};
 use crate::sys::xen::tally::Call;
 
 /// A saver as simple as one can be: what a receiver holds, and what is due.
@@ -224,7 +226,7 @@ fn dirty_logging_left_on_by_another_is_taken_over_and_ends_with_the_domain() {
 
 #[test]
 fn what_cannot_be_migrated_is_refused_with_the_reason() {
-    let refusal = |change: &dyn Fn(&mut simulated::Guest)| {
+    let refusal = |change: &dyn Fn(&mut Guest)| {
         let simulated = Simulated::pvh(NEW, 10);
         change(&mut simulated.guest());
         XenDomain::open(simulated, DOMID).err().map(|error| error.to_string()).unwrap_or_default()
@@ -236,158 +238,4 @@ fn what_cannot_be_migrated_is_refused_with_the_reason() {
     assert_eq!(refusal(&|_| ()), "");
     let other = XenDomain::open(Simulated::pvh(NEW, 10), 8).err().unwrap();
     assert!(other.to_string().contains("no domain 8"));
-}
-
-/// A migration with something in each of its parts, up to the first error.
-fn migrate(simulated: &Arc<Simulated>) -> Result<(), Box<dyn std::error::Error>> {
-    let domain = XenDomain::open(simulated.clone(), DOMID)?;
-    let records = domain.static_records()?;
-    domain.set_log_dirty(true)?;
-    let (mut log, mut pages) = (domain.take_dirty_log()?, domain.page_source());
-    let mut due = domain.populated().clone();
-    for last in [false, true] {
-        simulated.guest().replace(30);
-        simulated.guest().add(0x7000 + u64::from(last));
-        if last {
-            log.get_and_clear_last(&mut due)?;
-        } else {
-            log.get_and_clear(&mut due)?;
-        }
-        for pfn in due.iter() {
-            pages.copy(pfn, &mut [0; PAGE_SIZE]);
-        }
-        due.clear();
-    }
-    domain.check()?;
-    assert!(!records.is_empty() && !domain.tail_records()?.is_empty());
-    domain.set_log_dirty(false)?;
-    Ok(())
-}
-
-#[test]
-fn a_call_that_fails_anywhere_is_an_error_and_leaves_dirty_logging_off() {
-    let counts = |simulated: &Simulated| {
-        let calls = simulated.calls();
-        [
-            (Call::DomainInfo, calls.domain_info),
-            (Call::MaximumGpfn, calls.maximum_gpfn),
-            (Call::PageTypes, calls.page_types),
-            (Call::LogDirtyClean, calls.log_dirty_clean),
-            (Call::LogDirtyOff, calls.log_dirty_off),
-            (Call::CpuPolicy, calls.cpu_policy),
-            (Call::TscInfo, calls.tsc_info),
-            (Call::HvmContext, calls.hvm_context),
-            (Call::HvmParam, calls.hvm_param),
-            (Call::MapBatch, calls.map_batch),
-        ]
-    };
-    let simulated = Simulated::pvh(OLD, 60);
-    migrate(&simulated).unwrap();
-    assert!(!simulated.guest().is_logging());
-    for (call, times) in counts(&simulated) {
-        assert!(times > 0, "{call:?} is not part of the test");
-        for successes in 0..times as u32 {
-            let simulated = Simulated::pvh(OLD, 60);
-            simulated.guest().fail(call, successes, libc::ENOMEM);
-            assert!(migrate(&simulated).is_err(), "{call:?} failing after {successes} passes unnoticed");
-            assert!(!simulated.guest().is_logging(), "{call:?} failing after {successes} leaves it on");
-        }
-    }
-}
-
-#[test]
-fn logging_that_cannot_be_had_is_off_and_the_reason_is_told() {
-    for (errno, reason) in [(libc::EINVAL, "PCI device"), (libc::EOPNOTSUPP, "shadow paging")] {
-        let simulated = Simulated::pvh(OLD, 60);
-        let domain = XenDomain::open(simulated.clone(), DOMID).unwrap();
-        simulated.guest().fail(Call::LogDirtyEnable, 0, errno);
-        domain.set_log_dirty(true).unwrap();
-        domain.set_log_dirty(false).unwrap();
-        simulated.guest().fail(Call::LogDirtyEnable, 0, errno);
-        simulated.guest().fail(Call::LogDirtyEnable, 0, errno);
-        let error = domain.set_log_dirty(true).err().unwrap().to_string();
-        assert!(error.contains(reason), "{error}");
-        assert!(!simulated.guest().is_logging());
-    }
-}
-
-/// Writes the pages that are due, none of them zero, as records.
-fn write_pages(saver: &mut Saver, out: &mut impl std::io::Write) {
-    let mut slot = vec![0; HEADER_ROOM + MAX_ENTRIES * PAGE_SIZE];
-    let due: Vec<Pfn> = saver.due.iter().collect();
-    for batch in due.chunks(MAX_ENTRIES) {
-        saver.pages.gather(batch);
-        let mut record = PageRecord::new(&mut slot);
-        for pfn in batch {
-            // A zero page goes out in full: XALLOC does not promise zeroes.
-            if saver.pages.copy(*pfn, record.next_page()) != PageContent::Absent {
-                record.commit(*pfn);
-            }
-            saver.due.remove(*pfn);
-        }
-        if !record.is_empty() {
-            let range = record.finish();
-            out.write_all(&slot[range]).unwrap();
-        }
-    }
-}
-
-#[test]
-fn a_whole_save_through_a_pipe_reads_back_as_the_guest() {
-    let simulated = Simulated::pvh(OLD, 1500);
-    (0..1500).filter(|gfn| gfn % 3 != 0).for_each(|gfn| simulated.guest().write(gfn, gfn + 1));
-    let (input, mut output) = std::io::pipe().unwrap();
-    let playing = simulated.clone();
-    let writer = std::thread::spawn(move || {
-        let mut saver = Saver::start(&playing, XenSettings::default());
-        output.write_all(&stream::headers(&saver.domain.header())).unwrap();
-        output.write_all(&saver.domain.static_records().unwrap()).unwrap();
-        output.write_all(&stream::record(stream::RecordType::STATIC_DATA_END, &[])).unwrap();
-        write_pages(&mut saver, &mut output);
-        (100..200).for_each(|gfn| playing.guest().write(gfn, 5));
-        assert!(!saver.domain.is_suspended().unwrap());
-        playing.guest().info.shutdown_reason = Some(2);
-        assert!(saver.domain.is_suspended().unwrap());
-        saver.log.get_and_clear_last(&mut saver.due).unwrap();
-        write_pages(&mut saver, &mut output);
-        saver.domain.check().unwrap();
-        output.write_all(&saver.domain.tail_records().unwrap()).unwrap();
-        output.write_all(&stream::end()).unwrap();
-    });
-    let mut reader = StreamReader::open(input, Limits::new(0xff000)).unwrap();
-    assert_eq!((reader.domain().xen_major, reader.domain().xen_minor), (4, 17));
-    let mut received = BTreeMap::new();
-    let mut others = Vec::new();
-    loop {
-        match reader.next_record().unwrap() {
-            Record::End => break,
-            Record::PageData => {
-                let entries: Vec<Pfn> = reader.entries().iter().map(|entry| entry.pfn).collect();
-                let mut bytes = vec![0; entries.len() * PAGE_SIZE];
-                let mut rest = &mut bytes[..];
-                reader
-                    .read_pages(&mut |_, pages| {
-                        let (run, behind) = std::mem::take(&mut rest).split_at_mut(pages * PAGE_SIZE);
-                        rest = behind;
-                        run
-                    })
-                    .unwrap();
-                for (pfn, page) in entries.iter().zip(bytes.chunks(PAGE_SIZE)) {
-                    received.insert(pfn.0, page.to_vec());
-                }
-            }
-            other => others.push(other),
-        }
-    }
-    writer.join().unwrap();
-    assert!(received == simulated.guest().image(), "the image differs");
-    let expected = [
-        Record::CpuidPolicy((0..48).collect()),
-        Record::MsrPolicy((0..32).collect()),
-        Record::StaticDataEnd,
-        Record::TscInfo(simulated.tsc_info(DOMID).unwrap()),
-        Record::HvmContext((0..=250).collect()),
-        Record::HvmParams(vec![(1, 0xfeffc), (17, 0xfefff), (12, 0xfeffb)]),
-    ];
-    assert_eq!(others, expected);
 }
