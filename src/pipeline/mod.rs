@@ -40,8 +40,6 @@ pub mod sync;
 pub mod writer;
 
 #[cfg(all(test, loom))]
-mod loom_pages;
-#[cfg(all(test, loom))]
 mod loom_ring;
 #[cfg(all(test, loom))]
 mod loom_slots;
