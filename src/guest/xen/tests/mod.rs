@@ -127,6 +127,26 @@ fn a_page_replaced_under_a_kept_mapping_is_read_anew_whether_or_not_the_log_show
 }
 
 #[test]
+fn a_page_replaced_as_the_log_is_cleared_is_not_read_through_its_old_window() {
+    for version in [OLD, NEW] {
+        let simulated = Simulated::pvh(version, 2000);
+        simulated.guest().write(700, 1);
+        let mut saver = Saver::start(&simulated, XenSettings::default());
+        saver.send(usize::MAX);
+        let mut once = true;
+        simulated.set_hook(move |guest, call| {
+            if call == Call::LogDirtyClean && std::mem::take(&mut once) {
+                guest.replace(700);
+            }
+        });
+        saver.sample();
+        assert_eq!(saver.due.contains(Pfn(700)), version == NEW);
+        saver.send(usize::MAX);
+        saver.finish(&simulated);
+    }
+}
+
+#[test]
 fn pages_that_come_and_go_are_sent_if_they_are_there_at_the_stop() {
     for version in [OLD, NEW] {
         let simulated = Simulated::pvh(version, 2000);
@@ -201,6 +221,24 @@ fn frames_that_a_window_let_go_of_hide_no_page_that_came() {
     saver.send(usize::MAX);
     assert_eq!(simulated.guest().tot_pages(), counted, "the first chunk's window has let page 5 go");
     saver.finish(&simulated);
+}
+
+#[test]
+fn windows_do_not_keep_a_guest_at_its_limit_from_getting_pages_back() {
+    for version in [OLD, NEW] {
+        let simulated = Simulated::pvh(version, 2000);
+        let mut saver = Saver::start(&simulated, XenSettings::default());
+        saver.send(usize::MAX);
+        let mut guest = simulated.guest();
+        (100..200).for_each(|gfn| guest.remove(gfn));
+        assert_eq!(guest.tot_pages(), 2008, "the windows hold what was given up");
+        (100..110).for_each(|gfn| guest.add(gfn));
+        guest.info.max_pages = 2018;
+        drop(guest);
+        saver.sample();
+        assert_eq!(simulated.guest().tot_pages(), 1918);
+        saver.finish(&simulated);
+    }
 }
 
 #[test]
