@@ -42,24 +42,39 @@ impl XenDirtyLog {
     /// Clears the log into `dirty`. Whether the guest gave up or got pages since the last sample; if so, a new epoch has
     /// begun.
     ///
-    /// The order matters. What the guest has got when it is asked is logged from the clearing on; and only what is
-    /// compared after the clearing may be called the same, so the epoch that has windows compared begins after it.
+    /// When to ask how many pages the guest has depends on the release. If a page that came is in the log, it is asked after
+    /// the clearing, so that no page that the clearing calls dirty is read through a window from before it came. If not,
+    /// it is asked before: what came by then is logged from the clearing on, and can be compared from then on. In either
+    /// case the epoch begins after the clearing.
     fn clear(&self, last: bool, dirty: &mut PageSet) -> Result<bool, XenError> {
         let shared = &self.shared;
         shared.check()?;
-        let tot_pages = shared.hypervisor.domain_info(shared.domid)?.tot_pages;
+        shared.population().begin_sample();
+        let ask = || shared.hypervisor.domain_info(shared.domid);
+        let before = if shared.logs_p2m_changes { None } else { Some(ask()?) };
         let take = &mut |words: &[u64]| dirty.insert_bitmap(words);
         shared.hypervisor.clean(shared.domid, shared.nr_pfns, last, take)?;
-        let ballooned = shared.note_tot_pages(tot_pages);
+        let info = before.map_or_else(ask, Ok)?;
+        let ballooned = shared.note_tot_pages(info.tot_pages);
         let mut population = shared.population();
         if ballooned {
             shared.begin_epoch();
             population.mark_doubtful_unlogged();
         } else {
-            population.forget_young();
+            population.trust_aging();
         }
-        population.take_unlogged(dirty);
+        drop(population);
+        if last || (ballooned && info.tot_pages >= info.max_pages) {
+            // In between, frames that our windows hold may be what keeps the guest from getting pages back.
+            self.settle()?;
+        }
+        shared.population().take_unlogged(dirty);
         Ok(ballooned)
+    }
+
+    /// Has no lane hold frames that the guest may have given up.
+    fn settle(&self) -> Result<(), XenError> {
+        self.shared.each_lane().iter().try_for_each(|lane| lock(lane).settle(&self.shared))
     }
 
     fn last_sample(&self, dirty: &mut PageSet) -> Result<(), XenError> {
@@ -68,11 +83,9 @@ impl XenDirtyLog {
         let always = self.final_mapping == FinalMapping::Always;
         if always && !ballooned {
             shared.begin_epoch();
+            self.settle()?;
         }
         self.check_growth()?;
-        for lane in shared.each_lane() {
-            lock(&lane).settle(shared)?;
-        }
         // Only answers of an epoch that began while the guest stands still are final.
         let final_epoch = (ballooned || always).then(|| shared.epoch());
         let mut population = shared.population();

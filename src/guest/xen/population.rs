@@ -42,6 +42,8 @@ pub(super) struct Population {
     let_go: Vec<bool>,
     /// Chunks mapped since the last sample.
     young: Vec<usize>,
+    /// Those that were when the sample under way began.
+    aging: Vec<usize>,
     /// Pages that were wanted and were not there.
     missed: PageSet,
 }
@@ -66,6 +68,7 @@ impl Population {
             unlogged: known.clone(),
             let_go: vec![false; chunks],
             young: Vec::new(),
+            aging: Vec::new(),
             missed: known.clone(),
             known,
         }
@@ -110,15 +113,21 @@ impl Population {
         self.young.push(chunk);
     }
 
-    /// Ends the time in which a chunk counts as newly mapped.
-    pub(super) fn forget_young(&mut self) {
-        self.young.clear();
+    /// Notes that a sample begins. Chunks mapped from now on count as newly mapped for the next one too, because other
+    /// threads may map them before or after the log is cleared.
+    pub(super) fn begin_sample(&mut self) {
+        self.aging.append(&mut self.young);
+    }
+
+    /// Notes that nothing speaks against the chunks mapped before the sample.
+    pub(super) fn trust_aging(&mut self) {
+        self.aging.clear();
     }
 
     /// Has the next sample call all pages dirty of which it cannot be told by comparison whether they are what was sent:
     /// those whose mapping was let go, and those that may have been replaced just before they were mapped.
     pub(super) fn mark_doubtful_unlogged(&mut self) {
-        for chunk in self.young.drain(..) {
+        for chunk in self.aging.drain(..).chain(self.young.drain(..)) {
             self.let_go[chunk] = true;
         }
         for (chunk, doubtful) in self.let_go.iter_mut().enumerate() {
@@ -232,7 +241,8 @@ mod tests {
         population.note(Pfn(7), true);
         population.note_let_go(1);
         population.note_young(0);
-        population.forget_young();
+        population.begin_sample();
+        population.trust_aging();
         population.mark_doubtful_unlogged();
         population.mark_unlogged(Pfn(3));
         let mut dirty = PageSet::empty(600);
@@ -242,10 +252,12 @@ mod tests {
         population.mark_doubtful_unlogged();
         population.take_unlogged(&mut dirty);
         assert!(dirty.is_empty());
+        population.begin_sample();
         population.note_young(0);
+        population.trust_aging();
         population.mark_doubtful_unlogged();
         population.take_unlogged(&mut dirty);
-        assert_eq!(dirty.iter().collect::<Vec<_>>(), [Pfn(7)]);
+        assert_eq!(dirty.iter().collect::<Vec<_>>(), [Pfn(7)], "mapped in the middle of a sample");
     }
 
     #[test]

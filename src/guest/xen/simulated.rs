@@ -183,7 +183,8 @@ impl Simulated {
     pub(crate) fn new(version: XenVersion, nr_pfns: u64) -> Arc<Self> {
         let memory = rustix::fs::memfd_create("simulated-guest", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&memory, MAX_MEMORY_FRAMES * PAGE_SIZE as u64).unwrap();
-        let info = DomainInfo { hvm: true, dying: false, shutdown_reason: None, tot_pages: 0, max_pages: 0 };
+        let info =
+            DomainInfo { hvm: true, dying: false, shutdown_reason: None, tot_pages: 0, max_pages: u64::MAX };
         let guest = Guest {
             memory,
             p2m: BTreeMap::new(),

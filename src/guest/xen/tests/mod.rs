@@ -115,14 +115,34 @@ fn a_page_replaced_under_a_kept_mapping_is_read_anew_whether_or_not_the_log_show
         let simulated = Simulated::pvh(version, 2000);
         simulated.guest().write(700, 1);
         let mut saver = Saver::start(&simulated, XenSettings::default());
-        saver.sample();
         saver.send(usize::MAX);
+        saver.sample();
         let mut guest = simulated.guest();
         guest.replace(700);
         guest.write(700, 2);
         drop(guest);
         let costs = saver.finish(&simulated);
         assert_eq!(costs.windows.replaced, u64::from(version == OLD), "{costs:?}");
+    }
+}
+
+#[test]
+fn a_page_replaced_as_the_log_is_cleared_is_not_read_through_its_old_window() {
+    for version in [OLD, NEW] {
+        let simulated = Simulated::pvh(version, 2000);
+        simulated.guest().write(700, 1);
+        let mut saver = Saver::start(&simulated, XenSettings::default());
+        saver.send(usize::MAX);
+        let mut once = true;
+        simulated.set_hook(move |guest, call| {
+            if call == Call::LogDirtyClean && std::mem::take(&mut once) {
+                guest.replace(700);
+            }
+        });
+        saver.sample();
+        assert_eq!(saver.due.contains(Pfn(700)), version == NEW);
+        saver.send(usize::MAX);
+        saver.finish(&simulated);
     }
 }
 
@@ -170,6 +190,55 @@ fn a_page_that_vanishes_between_the_question_and_the_mapping_is_a_hole_until_it_
     simulated.guest().add(5);
     simulated.guest().write(5, 5);
     saver.finish(&simulated);
+}
+
+#[test]
+fn a_page_that_came_as_a_hole_was_read_is_sent_although_the_count_has_not_changed() {
+    let simulated = Simulated::pvh(NEW, 600);
+    let mut saver = Saver::start(&simulated, XenSettings::default());
+    simulated.guest().add(0x50_123);
+    simulated.guest().remove(0xfeff9);
+    saver.sample();
+    assert!(saver.due.remove(Pfn(0x50_123)), "that it came is in the log");
+    // Its chunk was asked for and empty, and is not asked for again.
+    assert_eq!(saver.pages.copy(Pfn(0x50_123), &mut [0; PAGE_SIZE]), PageContent::Absent);
+    saver.finish(&simulated);
+}
+
+#[test]
+fn frames_that_a_window_let_go_of_hide_no_page_that_came() {
+    let simulated = Simulated::new(OLD, 3 * 512);
+    (0..3 * 512).for_each(|gfn| simulated.guest().add(gfn));
+    simulated.guest().write(600, 1);
+    let windows = WindowLimits { pages: 2 * 512, windows: 2 };
+    let mut saver = Saver::start(&simulated, XenSettings { windows, ..XenSettings::default() });
+    saver.send(2 * 512);
+    saver.sample();
+    let counted = simulated.guest().tot_pages();
+    simulated.guest().remove(5);
+    simulated.guest().replace(600);
+    simulated.guest().write(600, 2);
+    saver.send(usize::MAX);
+    assert_eq!(simulated.guest().tot_pages(), counted, "the first chunk's window has let page 5 go");
+    saver.finish(&simulated);
+}
+
+#[test]
+fn windows_do_not_keep_a_guest_at_its_limit_from_getting_pages_back() {
+    for version in [OLD, NEW] {
+        let simulated = Simulated::pvh(version, 2000);
+        let mut saver = Saver::start(&simulated, XenSettings::default());
+        saver.send(usize::MAX);
+        let mut guest = simulated.guest();
+        (100..200).for_each(|gfn| guest.remove(gfn));
+        assert_eq!(guest.tot_pages(), 2008, "the windows hold what was given up");
+        (100..110).for_each(|gfn| guest.add(gfn));
+        guest.info.max_pages = 2018;
+        drop(guest);
+        saver.sample();
+        assert_eq!(simulated.guest().tot_pages(), 1918);
+        saver.finish(&simulated);
+    }
 }
 
 #[test]

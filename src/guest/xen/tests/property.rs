@@ -57,7 +57,9 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         8 => guest_step(),
         2 => Just(Step::Sample),
-        3 => (0usize..40).prop_map(Step::Send),
+        2 => (0usize..40).prop_map(Step::Send),
+        // All of them, so that a page is not sent just because it was due anyway.
+        3 => Just(Step::Send(usize::MAX)),
     ]
 }
 
@@ -70,12 +72,16 @@ proptest! {
         version in prop_oneof![Just(OLD), Just(NEW)],
         final_mapping in prop_oneof![Just(FinalMapping::OnEvidence), Just(FinalMapping::Always)],
         pages in 1usize..1600,
+        at_its_limit: bool,
         at_first in proptest::collection::vec(guest_step(), 0..30),
         steps in proptest::collection::vec(step(), 0..60),
         in_calls in proptest::collection::vec((0usize..6, guest_step()), 0..20),
     ) {
         let simulated = Simulated::new(version, SPACE + SPARE);
         (0..SPACE).filter(|gfn| gfn % 3 != 1).for_each(|gfn| simulated.guest().add(gfn));
+        if at_its_limit {
+            simulated.guest().info.max_pages = 0;
+        }
         at_first.iter().for_each(|step| play(&mut simulated.guest(), step));
         let windows = WindowLimits { pages, windows: 3 };
         let mut saver = Saver::start(&simulated, XenSettings { windows, final_mapping });
@@ -83,7 +89,7 @@ proptest! {
         let mut due = in_calls.next();
         let mut counted = simulated.guest().tot_pages();
         let mut came = simulated.guest().came;
-        let mut asked = (counted, came);
+        let (mut asked, mut before) = ((counted, came), Call::MaximumGpfn);
         let live = Arc::new(Mutex::new(true));
         let alive = live.clone();
         let mut spare = SPACE..SPACE + SPARE;
@@ -96,15 +102,21 @@ proptest! {
                 play(guest, step);
                 due = in_calls.next();
             }
-            // A sample asks for the count, and then clears.
             if call == Call::DomainInfo {
                 if guest.came != came && guest.tot_pages() == counted {
                     guest.add(spare.next().unwrap());
                 }
                 asked = (guest.tot_pages(), guest.came);
-            } else if call == Call::LogDirtyClean {
+            }
+            // A sample asks for the count before it clears, or right after it.
+            let is_sample = match version {
+                OLD => call == Call::LogDirtyClean,
+                _ => call == Call::DomainInfo && before == Call::LogDirtyClean,
+            };
+            if is_sample {
                 (counted, came) = asked;
             }
+            before = call;
         });
         for step in &steps {
             match step {
