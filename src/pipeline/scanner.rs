@@ -26,6 +26,10 @@ const WINDOW: Duration = Duration::from_millis(20);
 /// The most pages that are handed out at once on the slowest of links: on fewer, the work for each would be felt.
 const LEAST_BATCH: usize = 16;
 
+/// Pages that may be ahead of the wire on the slowest of links. If it were only the time that counts, a pipeline that takes
+/// longer than [`WINDOW`] from end to end would be measured slower than it is, be given less, and be measured slower still.
+const LEAST_WINDOW: u64 = 4 * LEAST_BATCH as u64;
+
 /// Bytes on the wire for a page with data: itself, its entry, and its share of the record's header.
 pub const WIRE_BYTES_PER_PAGE: f64 = PAGE_SIZE as f64 + 8.0 + 16.0 / BATCH_PAGES as f64;
 
@@ -350,11 +354,7 @@ impl Scanner {
 
     /// Hands out at most one batch.
     fn feed(&mut self, now: Duration) -> Result<Fed, GuestError> {
-        let window = self.rate.pages_per_s() * WINDOW.as_secs_f64();
-        let max = (window / 4.0) as usize;
-        if self.link().in_flight > window as u64 {
-            return Ok(Fed::WindowFull);
-        }
+        // Before the window is looked at: what waits to be passed on is a part of what fills it.
         match self.dealer.make_room() {
             Ok(()) => {}
             Err(Obstacle::Full) => return Ok(Fed::RingFull),
@@ -363,6 +363,11 @@ impl Scanner {
                 self.shared.abort();
                 return Ok(Fed::Nothing);
             }
+        }
+        let window = self.rate.pages_per_s() * WINDOW.as_secs_f64();
+        let max = (window / 4.0) as usize;
+        if self.in_flight() > (window as u64).max(LEAST_WINDOW) {
+            return Ok(Fed::WindowFull);
         }
         self.note_zero_pages();
         self.chosen.clear();
@@ -520,6 +525,65 @@ impl LinkRate {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A log of a guest that writes nothing.
+    struct Silent;
+
+    impl DirtyLog for Silent {
+        fn get_and_clear(&mut self, _: &mut PageSet) -> Result<(), GuestError> {
+            Ok(())
+        }
+
+        fn peek(&mut self, _: std::ops::Range<u64>, _: &mut PageSet) -> Result<(), GuestError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_waits_for_room_in_a_ring_goes_on_although_the_window_is_full() {
+        // A page in each of 100 chunks, all of which have to be opened: a batch for each page, and room for two.
+        let mut populated = PageSet::empty(100 * 512);
+        for chunk in 0..100 {
+            populated.insert(Pfn(chunk * 512));
+        }
+        let config = crate::forecast::Config {
+            nr_pages: populated.nr_pages(),
+            pages: populated.len(),
+            downtime_budget: Duration::from_millis(300),
+            sample_interval: Duration::from_millis(50),
+            max_time: Duration::from_secs(3600),
+            fixed_downtime: Duration::ZERO,
+            on_no_convergence: crate::forecast::OnNoConvergence::Stop,
+        };
+        let engine = Engine::sparse(crate::forecast::PolicyKind::Xen, config, populated.clone());
+        let (to_lane, mut lane) = crate::pipeline::ring::ring(2);
+        let (order, orders) = std::sync::mpsc::channel();
+        let (events, _seen) = std::sync::mpsc::channel();
+        let links = Links { lanes: vec![to_lane], zero_notes: Vec::new(), orders, events };
+        let shared = Arc::new(Shared::new(1, false));
+        let slow = Cadence {
+            live: true,
+            sample_interval: Duration::from_millis(50),
+            share: None,
+            bandwidth: Some(100_000),
+        };
+        let openings = Some(Openings::new(populated));
+        let scanner =
+            Scanner::new(Box::new(Silent), engine, openings, links, shared.clone(), slow, Instant::now());
+        let scanning = std::thread::spawn(move || scanner.run());
+        let mut handed_out = 0;
+        while handed_out < 100 {
+            match lane.pop() {
+                Ok(batch) => {
+                    handed_out += batch.pages().len() as u64;
+                    shared.lanes[0].entries.store(handed_out, Ordering::Release);
+                }
+                Err(_) => std::thread::yield_now(),
+            }
+        }
+        drop(order);
+        scanning.join().unwrap();
+    }
 
     #[test]
     fn samples_keep_to_their_share_of_the_time_and_some_of_it_is_left_for_the_end() {
