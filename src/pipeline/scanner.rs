@@ -23,12 +23,10 @@ use std::sync::atomic::Ordering;
 /// How far ahead of the wire the scanner hands pages out.
 const WINDOW: Duration = Duration::from_millis(20);
 
-/// The most pages that are handed out at once on the slowest of links: on fewer, the work for each would be felt.
-const LEAST_BATCH: usize = 16;
-
-/// Pages that may be ahead of the wire on the slowest of links. If it were only the time that counts, a pipeline that takes
-/// longer than [`WINDOW`] from end to end would be measured slower than it is, be given less, and be measured slower still.
-const LEAST_WINDOW: u64 = 4 * LEAST_BATCH as u64;
+/// Pages that may be ahead of the wire on the slowest of links, 1 MiB: less than [`WINDOW`] from 0.4 Gbit/s on. If it were only
+/// the time that counts, a pipeline that takes longer than that from end to end would be measured slower than it is, be given
+/// less, and be measured slower still. (Seen on emulated hosts: a third of what the link carries, in batches of 16 pages.)
+const LEAST_WINDOW: f64 = 256.0;
 
 /// Bytes on the wire for a page with data: itself, its entry, and its share of the record's header.
 pub const WIRE_BYTES_PER_PAGE: f64 = PAGE_SIZE as f64 + 8.0 + 16.0 / BATCH_PAGES as f64;
@@ -364,9 +362,9 @@ impl Scanner {
                 return Ok(Fed::Nothing);
             }
         }
-        let window = self.rate.pages_per_s() * WINDOW.as_secs_f64();
+        let window = (self.rate.pages_per_s() * WINDOW.as_secs_f64()).max(LEAST_WINDOW);
         let max = (window / 4.0) as usize;
-        if self.in_flight() > (window as u64).max(LEAST_WINDOW) {
+        if self.in_flight() > window as u64 {
             return Ok(Fed::WindowFull);
         }
         self.note_zero_pages();
@@ -374,13 +372,7 @@ impl Scanner {
         let link = self.link();
         let cadence = &self.cadence;
         let mut peek = LogPeek { log: self.log.as_mut(), peeks: &mut self.peeks, cadence, now, failed: None };
-        let next = self.engine.next_batch(
-            now,
-            max.clamp(LEAST_BATCH, BATCH_PAGES),
-            &link,
-            &mut peek,
-            &mut self.chosen,
-        );
+        let next = self.engine.next_batch(now, max.min(BATCH_PAGES), &link, &mut peek, &mut self.chosen);
         if let Some(error) = peek.failed {
             return Err(error);
         }
@@ -541,9 +533,9 @@ mod tests {
 
     #[test]
     fn what_waits_for_room_in_a_ring_goes_on_although_the_window_is_full() {
-        // A page in each of 100 chunks, all of which have to be opened: a batch for each page, and room for two.
-        let mut populated = PageSet::empty(100 * 512);
-        for chunk in 0..100 {
+        // A page in each of 600 chunks, all of which have to be opened: a batch for each page, and room for two.
+        let mut populated = PageSet::empty(600 * 512);
+        for chunk in 0..600 {
             populated.insert(Pfn(chunk * 512));
         }
         let config = crate::forecast::Config {
@@ -572,7 +564,7 @@ mod tests {
             Scanner::new(Box::new(Silent), engine, openings, links, shared.clone(), slow, Instant::now());
         let scanning = std::thread::spawn(move || scanner.run());
         let mut handed_out = 0;
-        while handed_out < 100 {
+        while handed_out < 600 {
             match lane.pop() {
                 Ok(batch) => {
                     handed_out += batch.pages().len() as u64;
