@@ -1,7 +1,7 @@
 //! The scanner: owns the dirty log and the forecast, and hands out the pages to send.
 //!
 //! It samples the log at a fixed cadence (and when a policy's round ends), and in between keeps the mappers' rings
-//! fed with what the policy ranks highest, never further ahead than the link carries in 20 ms: what has been
+//! fed with what the policy ranks highest, never further ahead than the link carries in 20 ms (or 1 MiB): what has been
 //! handed out can no longer be held back, and has to be waited for at the stop.
 
 use std::sync::Arc;
@@ -532,7 +532,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_for_room_in_a_ring_goes_on_although_the_window_is_full() {
+    fn what_waits_for_room_in_a_ring_goes_on_as_soon_as_there_is_some() {
         // A page in each of 600 chunks, all of which have to be opened: a batch for each page, and room for two.
         let mut populated = PageSet::empty(600 * 512);
         for chunk in 0..600 {
