@@ -280,7 +280,8 @@ impl Scanner {
         let now = self.started.elapsed();
         let sent = self.shared.data_pages_sent();
         // What the link can do must be known before it is told how long it would take for the rest.
-        let link = Link { pages_per_s: self.rate.proved(sent, now), ..self.link() };
+        let pages_per_s = self.rate.proved(sent, now);
+        let link = Link { pages_per_s, ..self.link() };
         let event = match self.engine.verdict(now, &link) {
             Verdict::Throttle(percent) if percent != throttle_percent => Event::Throttle(percent),
             Verdict::Continue | Verdict::Throttle(_) => return false,
@@ -465,6 +466,7 @@ struct LinkRate {
     sent_before: u64,
     entries_before: u64,
     was_idle: bool,
+    best_mean: f64,
 }
 
 /// An interval counts if at least one in so many of the pages sent carried data. What is handed out ahead is counted in
@@ -475,7 +477,7 @@ const LEAST_DATA_SHARE: u64 = 4;
 impl LinkRate {
     fn new(bandwidth: Option<u64>) -> Self {
         let cap = bandwidth.map(|bytes_per_s| bytes_per_s as f64 / WIRE_BYTES_PER_PAGE);
-        LinkRate { cap, measured: None, sent_before: 0, entries_before: 0, was_idle: false }
+        LinkRate { cap, measured: None, sent_before: 0, entries_before: 0, was_idle: false, best_mean: 0.0 }
     }
 
     fn note_idle(&mut self) {
@@ -496,12 +498,10 @@ impl LinkRate {
         }
     }
 
-    /// The speed as far as it was seen: before anything was measured, what was sent in all the time, be it too little.
-    fn proved(&self, data_pages_sent: u64, elapsed: Duration) -> f64 {
-        match self.measured {
-            Some(_) => self.pages_per_s(),
-            None => data_pages_sent as f64 / elapsed.as_secs_f64().max(1e-6),
-        }
+    /// The speed as far as it was seen: before anything was measured, the best mean since the start, be it too little.
+    fn proved(&mut self, data_pages_sent: u64, elapsed: Duration) -> f64 {
+        self.best_mean = self.best_mean.max(data_pages_sent as f64 / elapsed.as_secs_f64().max(1e-6));
+        if self.measured.is_some() { self.pages_per_s() } else { self.best_mean }
     }
 
     fn pages_per_s(&self) -> f64 {
@@ -601,6 +601,7 @@ mod tests {
         assert_eq!(rate.proved(0, Duration::from_millis(50)), 0.0);
         rate.sample(0, 0, Duration::from_millis(50));
         assert_eq!(rate.proved(100, Duration::from_millis(200)), 500.0);
+        assert_eq!(rate.proved(100, Duration::from_secs(10)), 500.0, "idle time takes nothing away");
         assert_eq!(rate.pages_per_s(), FIRST_GUESS_PAGES_PER_S, "it is handed out by");
         rate.sample(200, 200, Duration::from_millis(100));
         assert_eq!(rate.proved(200, Duration::from_millis(300)), 2000.0);
