@@ -100,7 +100,7 @@ pub struct MigrationOptions {
     /// Time between two samples of the dirty log
     #[arg(long, default_value = "50ms", value_parser = units::time)]
     pub sample: Duration,
-    /// Slots of 260 KiB for each lane
+    /// Slots of 264 KiB for each lane
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(4..=4096))]
     pub slots: u16,
     /// Idle stages burn their cores instead of sleeping

@@ -1,7 +1,7 @@
 //! The threads of a migration: a mapper and a sender for each lane, and the scanner that feeds them all.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender as EventSender, channel};
+use std::sync::mpsc::{Receiver, Sender as OrderSender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ use crate::page_set::PageSet;
 use crate::stream::HEADER_ROOM;
 use crate::sys::slot_memory::{Backing, SlotMemory};
 use crate::sys::{cpu, uring};
+use crate::transport::stream_out::StreamOut;
 
 /// Batches that wait for a mapper at most.
 pub const BATCH_RING: usize = 16;
@@ -43,6 +44,14 @@ pub enum Wire {
     /// Any receiver of the migration stream. Zeroes are sent; in front of a chunk's first pages all of its pages are
     /// allocated, so that a receiver can build a superpage (Xen 4.21 and later do).
     Standard,
+}
+
+/// Control's line to the scanner.
+pub struct Line {
+    /// What it is to do.
+    pub order: OrderSender<Order>,
+    /// What it has to say.
+    pub events: Receiver<Event>,
 }
 
 /// A started sender, and the ring ends that its mapper will have.
@@ -71,6 +80,7 @@ pub struct Lanes {
     /// What the slots are made of.
     pub backing: Backing,
     wire: Wire,
+    pipe: Option<Arc<StreamOut>>,
 }
 
 /// What the threads leave behind. The first sender that broke says what happened.
@@ -136,21 +146,24 @@ impl Lanes {
             let mapper = MapperParts { source: guest.page_source(), free, filled };
             lanes.push(Lane { sender, mapper: Some(mapper), mapping: None });
         }
-        Ok(Lanes { lanes, scanner: None, shared, mode, send, backing, wire })
+        let pipe = outlets.iter().find_map(|outlet| match outlet {
+            Outlet::Stream(stream) => Some(stream.clone()),
+            Outlet::Socket(_) => None,
+        });
+        Ok(Lanes { lanes, scanner: None, shared, mode, send, backing, wire, pipe })
     }
 
     /// Starts mappers and scanner: from here on pages flow, if the guest is `live`; else they wait for the order to send all.
-    /// `ends`: of the scanner's channels.
     pub fn flow<G: GuestControl + ?Sized>(
         &mut self,
         guest: &mut G,
         settings: &Settings,
         live: bool,
         started: Instant,
-        ends: Option<(Receiver<Order>, EventSender<Event>)>,
-    ) -> Result<(), MigrationError> {
+    ) -> Result<Line, MigrationError> {
         let twice = || MigrationError::Setup("the pipeline was started twice".to_owned());
-        let (orders, events) = ends.ok_or_else(twice)?;
+        let (order, orders) = channel();
+        let (events_in, events) = channel();
         let prepare = |source| MigrationError::Guest { phase: Phase::Prepare, source };
         let nr_pages = guest.nr_pages();
         let mut batch_ends = Vec::with_capacity(self.lanes.len());
@@ -191,13 +204,14 @@ impl Lanes {
             share: settings.sample_share,
             bandwidth: settings.bandwidth,
         };
-        let links = scanner::Links { lanes: batch_ends, zero_notes, orders, events };
+        let pipe = self.pipe.clone();
+        let links = scanner::Links { lanes: batch_ends, zero_notes, pipe, orders, events: events_in };
         let scanner = Scanner::new(log, engine, openings, links, self.shared.clone(), cadence, started);
         self.scanner =
             Some(spawn("pc-scan0".to_owned(), settings.pins.scan, self.shared.clone(), move || {
                 scanner.run()
             })?);
-        Ok(())
+        Ok(Line { order, events })
     }
 
     /// Whether every sender has ended.

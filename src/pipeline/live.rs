@@ -3,10 +3,10 @@
 //! Who calls this has started the lanes, has written the head of the stream and will write its tail.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use super::lanes::{Joined, Lanes};
+use super::lanes::{Joined, Lanes, Line};
 use super::mapper::MapperReport;
 use super::outcome::{Bound, CpuTimes, Downtime, Migration, MigrationError, Phase, Progress};
 use super::scanner::{Event, Order, ScannerReport};
@@ -97,15 +97,13 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
         started: Instant,
         reason: &Reason,
     ) -> Result<Sent, MigrationError> {
-        let (order, orders) = channel();
-        let (events_in, events) = channel();
-        let mut ends = Some((orders, events_in));
         let mut stop_reason = StopReason::NotLive;
         let mut live_writes_per_s = None;
+        let mut line = None;
         if live {
             let before = self.guest.work_done().map_err(|source| at(Phase::Prepare, source))?;
-            lanes.flow(self.guest, self.settings, live, started, ends.take())?;
-            stop_reason = self.precopy(lanes, &events, started)?;
+            let Line { events, .. } = line.insert(lanes.flow(self.guest, self.settings, live, started)?);
+            stop_reason = self.precopy(lanes, events, started)?;
             let after = self.guest.work_done().map_err(|source| at(Phase::Precopy, source))?;
             live_writes_per_s = writes_per_s(before, after);
         }
@@ -113,9 +111,10 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
         let stopping = Instant::now();
         self.guest.suspend().map_err(|source| at(Phase::Suspend, source))?;
         let suspended = Instant::now();
-        if !live {
-            lanes.flow(self.guest, self.settings, live, started, ends.take())?;
-        }
+        let Line { order, events } = match line {
+            Some(line) => line,
+            None => lanes.flow(self.guest, self.settings, live, started)?,
+        };
         let _ = order.send(Order::Final);
         // It stands still altogether; whoever lets it run again, and wherever, is to find it at full speed.
         self.throttle(0)?;

@@ -11,6 +11,7 @@
 //! * [`ring`], [`slots`]: the lock-free core, model-checked with loom.
 //! * [`scanner`], [`mapper`], [`sender`]: the stages, each a thread that owns what it works on; [`writer`]: the sender of a
 //!   pipe or a file.
+//! * `link_rate`, `log_peek`: what the scanner knows of the link, and how policies look into the log.
 //! * [`dealer`], [`openings`]: how pages get from the scanner into batches of the right lane.
 //! * [`lanes`]: the threads, started and joined; [`live`]: a migration from the first page to the last.
 //! * [`control`]: to another pagecast, from the first connection to the hand-over; [`save`]: into a stream that somebody
@@ -24,7 +25,9 @@ pub mod batch;
 pub mod control;
 pub mod dealer;
 pub mod lanes;
+mod link_rate;
 pub mod live;
+mod log_peek;
 pub mod mapper;
 pub mod openings;
 pub mod outcome;
@@ -39,6 +42,8 @@ pub mod slots;
 pub mod sync;
 pub mod writer;
 
+#[cfg(all(test, loom))]
+mod loom_pages;
 #[cfg(all(test, loom))]
 mod loom_ring;
 #[cfg(all(test, loom))]

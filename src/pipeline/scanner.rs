@@ -10,14 +10,17 @@ use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, Batch};
 use super::dealer::{Dealer, Obstacle};
+use super::link_rate::LinkRate;
+use super::log_peek::{LogPeek, Peeks};
 use super::openings::Openings;
 use super::ring::{Consumer, Producer};
 use super::shared::Shared;
-use crate::forecast::{Convergence, Engine, Link, Next, Peek, Sample, StopReason, Verdict};
+use crate::forecast::{Convergence, Engine, Link, Next, Sample, StopReason, Verdict};
 use crate::guest::{DirtyLog, GuestError};
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
 use crate::sys::cpu;
+use crate::transport::stream_out::StreamOut;
 use std::sync::atomic::Ordering;
 
 /// How far ahead of the wire the scanner hands pages out.
@@ -30,9 +33,6 @@ const LEAST_WINDOW: f64 = 256.0;
 
 /// Bytes on the wire for a page with data: itself, its entry, and its share of the record's header.
 pub const WIRE_BYTES_PER_PAGE: f64 = PAGE_SIZE as f64 + 8.0 + 16.0 / BATCH_PAGES as f64;
-
-/// A guess at an unlimited link's speed, until it has been measured: 1 GB/s.
-const FIRST_GUESS_PAGES_PER_S: f64 = 1e9 / WIRE_BYTES_PER_PAGE;
 
 /// What control tells the scanner.
 pub enum Order {
@@ -90,7 +90,7 @@ pub struct Cadence {
 
 impl Cadence {
     /// The least time between two looks at the log that take `took` each.
-    fn rest(&self, took: Duration) -> Duration {
+    pub(super) fn rest(&self, took: Duration) -> Duration {
         self.share.map_or(Duration::ZERO, |share| took.div_f64(share.max(1e-6)))
     }
 
@@ -118,6 +118,8 @@ pub struct Links {
     pub lanes: Vec<Producer<Batch>>,
     /// From each lane's mapper: pages that turned out to be zero.
     pub zero_notes: Vec<Consumer<Batch>>,
+    /// The pipe that the only lane goes into, if it is one.
+    pub pipe: Option<Arc<StreamOut>>,
     /// From control.
     pub orders: Receiver<Order>,
     /// To control.
@@ -130,6 +132,7 @@ pub struct Scanner {
     engine: Engine,
     dealer: Dealer,
     zero_notes: Vec<Consumer<Batch>>,
+    pipe: Option<Arc<StreamOut>>,
     shared: Arc<Shared>,
     orders: Receiver<Order>,
     events: Sender<Event>,
@@ -170,7 +173,7 @@ impl Scanner {
         started: Instant,
     ) -> Self {
         let nr_pages = engine.pending().nr_pages();
-        let Links { lanes, zero_notes, orders, events } = links;
+        let Links { lanes, zero_notes, pipe, orders, events } = links;
         let rate = LinkRate::new(cadence.bandwidth);
         let all = Link { pages_per_s: rate.pages_per_s(), in_flight: 0, sent: 0 };
         let downtime_us = engine.forecast_downtime(&all).as_micros() as u64;
@@ -182,6 +185,7 @@ impl Scanner {
             engine,
             dealer: Dealer::new(lanes, openings),
             zero_notes,
+            pipe,
             shared,
             orders,
             events,
@@ -277,12 +281,11 @@ impl Scanner {
     /// Asks the forecast whether to go on, and tells control if anything is to be done; whether pre-copy ends.
     fn heed_verdict(&mut self) -> bool {
         let throttle_percent = self.engine.convergence().throttle_percent();
-        let now = self.started.elapsed();
-        let sent = self.shared.data_pages_sent();
         // What the link can do must be known before it is told how long it would take for the rest.
-        let pages_per_s = self.rate.proved(sent, now);
-        let link = Link { pages_per_s, ..self.link() };
-        let event = match self.engine.verdict(now, &link) {
+        let all_sent_once = self.shared.entries_sent() >= self.engine.pages();
+        let pages_per_s = self.rate.proved(all_sent_once);
+        let link = Link { pages_per_s, ..self.link_to_the_end() };
+        let event = match self.engine.verdict(self.started.elapsed(), &link) {
             Verdict::Throttle(percent) if percent != throttle_percent => Event::Throttle(percent),
             Verdict::Continue | Verdict::Throttle(_) => return false,
             Verdict::Stop(reason) => Event::Stop(reason),
@@ -298,14 +301,20 @@ impl Scanner {
         self.handed_out.saturating_sub(self.shared.entries_sent() + self.shared.absent())
     }
 
-    /// The link as the forecast sees it: what a pipe holds is still to go.
+    /// The link as the forecast sees it.
     fn link(&self) -> Link {
-        let buffered = self.shared.bytes_buffered() / WIRE_BYTES_PER_PAGE as u64;
         Link {
             pages_per_s: self.rate.pages_per_s(),
-            in_flight: self.in_flight() + buffered,
+            in_flight: self.in_flight(),
             sent: self.shared.data_pages_sent(),
         }
+    }
+
+    /// The same for a stop: what a pipe holds is still to go then, and comes before the rest.
+    fn link_to_the_end(&self) -> Link {
+        let buffered = self.pipe.as_ref().map_or(0, |pipe| pipe.buffered());
+        let link = self.link();
+        Link { in_flight: link.in_flight + buffered / WIRE_BYTES_PER_PAGE as u64, ..link }
     }
 
     /// Tells the forecast of pages that cost the link nothing.
@@ -345,7 +354,7 @@ impl Scanner {
     fn publish(&self, interval: Duration) {
         let status = &self.shared.status;
         let rate = self.dirty.len() as f64 / interval.as_secs_f64().max(1e-6);
-        let downtime = self.engine.forecast_downtime(&self.link());
+        let downtime = self.engine.forecast_downtime(&self.link_to_the_end());
         status.pending.store(self.engine.pending().len(), Ordering::Relaxed);
         status.dirty_pages_per_s.store(rate as u64, Ordering::Relaxed);
         status.forecast_downtime_us.store(downtime.as_micros() as u64, Ordering::Relaxed);
@@ -372,7 +381,7 @@ impl Scanner {
         self.chosen.clear();
         let link = self.link();
         let cadence = &self.cadence;
-        let mut peek = LogPeek { log: self.log.as_mut(), peeks: &mut self.peeks, cadence, now, failed: None };
+        let mut peek = LogPeek::new(self.log.as_mut(), &mut self.peeks, cadence, now);
         let next = self.engine.next_batch(now, max.min(BATCH_PAGES), &link, &mut peek, &mut self.chosen);
         if let Some(error) = peek.failed {
             return Err(error);
@@ -405,112 +414,6 @@ impl Scanner {
         self.handed_out += last.len();
         self.dealer.deal_last(&last, &self.shared);
         Ok(())
-    }
-}
-
-/// The log as a policy peeks into it. Where looks are limited, one is taken of all of the log and kept until the next may be.
-struct LogPeek<'a> {
-    log: &'a mut dyn DirtyLog,
-    peeks: &'a mut Peeks,
-    cadence: &'a Cadence,
-    now: Duration,
-    failed: Option<GuestError>,
-}
-
-/// The last look at all of the log, since the sample before.
-#[derive(Default)]
-struct Peeks {
-    seen: Option<PageSet>,
-    next: Duration,
-}
-
-impl Peeks {
-    /// The log was cleared: what was seen in it is in the forecast now.
-    fn forget(&mut self) {
-        if let Some(seen) = &mut self.seen {
-            seen.clear();
-        }
-    }
-}
-
-impl LogPeek<'_> {
-    fn look_at_all(&mut self, nr_pages: u64) -> Result<(), GuestError> {
-        let seen = self.peeks.seen.get_or_insert_with(|| PageSet::empty(nr_pages));
-        if self.now >= self.peeks.next {
-            let since = Instant::now();
-            self.log.peek(0..nr_pages, seen)?;
-            self.peeks.next = self.now + self.cadence.rest(since.elapsed());
-        }
-        Ok(())
-    }
-}
-
-impl Peek for LogPeek<'_> {
-    fn peek(&mut self, first: Pfn, count: u64, into: &mut PageSet) {
-        let looked = match self.cadence.share {
-            None => self.log.peek(first.0..first.0 + count, into),
-            Some(_) => self.look_at_all(into.nr_pages()),
-        };
-        match (looked, &self.peeks.seen) {
-            (Err(error), _) => self.failed = Some(error),
-            (Ok(()), Some(seen)) => into.union(seen),
-            (Ok(()), None) => {}
-        }
-    }
-}
-
-/// The speed of the link in pages: the cap, or less where less was measured while there was always work.
-struct LinkRate {
-    cap: Option<f64>,
-    measured: Option<f64>,
-    sent_before: u64,
-    entries_before: u64,
-    was_idle: bool,
-    best_mean: f64,
-}
-
-/// An interval counts if at least one in so many of the pages sent carried data. What is handed out ahead is counted in
-/// pages of any kind, so where nearly all are zero the link waits for data; taking that for its speed would have even less
-/// handed out, and the estimate would fall without end.
-const LEAST_DATA_SHARE: u64 = 4;
-
-impl LinkRate {
-    fn new(bandwidth: Option<u64>) -> Self {
-        let cap = bandwidth.map(|bytes_per_s| bytes_per_s as f64 / WIRE_BYTES_PER_PAGE);
-        LinkRate { cap, measured: None, sent_before: 0, entries_before: 0, was_idle: false, best_mean: 0.0 }
-    }
-
-    fn note_idle(&mut self) {
-        self.was_idle = true;
-    }
-
-    /// Takes what was sent since the last sample, `interval` ago, into account.
-    fn sample(&mut self, data_pages_sent: u64, entries_sent: u64, interval: Duration) {
-        let sent = data_pages_sent - self.sent_before;
-        let entries = entries_sent - self.entries_before;
-        self.sent_before = data_pages_sent;
-        self.entries_before = entries_sent;
-        let says_something = sent > 0 && sent * LEAST_DATA_SHARE >= entries;
-        // An interval with nothing to send, or too short to say, tells nothing about the link.
-        if !std::mem::take(&mut self.was_idle) && interval >= Duration::from_millis(5) && says_something {
-            let now = sent as f64 / interval.as_secs_f64();
-            self.measured = Some(self.measured.map_or(now, |before| before + 0.3 * (now - before)));
-        }
-    }
-
-    /// The speed as far as it was seen: before anything was measured, the best mean since the start, be it too little.
-    fn proved(&mut self, data_pages_sent: u64, elapsed: Duration) -> f64 {
-        self.best_mean = self.best_mean.max(data_pages_sent as f64 / elapsed.as_secs_f64().max(1e-6));
-        if self.measured.is_some() { self.pages_per_s() } else { self.best_mean }
-    }
-
-    fn pages_per_s(&self) -> f64 {
-        match (self.cap, self.measured) {
-            (Some(cap), Some(measured)) => cap.min(measured),
-            (Some(cap), None) => cap,
-            (None, Some(measured)) => measured,
-            (None, None) => FIRST_GUESS_PAGES_PER_S,
-        }
     }
 }
 
@@ -551,7 +454,7 @@ mod tests {
         let (to_lane, mut lane) = crate::pipeline::ring::ring(2);
         let (order, orders) = std::sync::mpsc::channel();
         let (events, _seen) = std::sync::mpsc::channel();
-        let links = Links { lanes: vec![to_lane], zero_notes: Vec::new(), orders, events };
+        let links = Links { lanes: vec![to_lane], zero_notes: Vec::new(), pipe: None, orders, events };
         let shared = Arc::new(Shared::new(1, false));
         let slow = Cadence {
             live: true,
@@ -593,39 +496,5 @@ mod tests {
         assert!(sampling <= now.mul_f64(0.02));
         let free = Cadence { share: None, ..cadence };
         assert!(!free.may_be_early(ms(500), ms(10_000), 10, ms(100)), "where it costs nothing none is early");
-    }
-
-    #[test]
-    fn a_speed_that_nobody_has_seen_proves_nothing() {
-        let mut rate = LinkRate::new(None);
-        assert_eq!(rate.proved(0, Duration::from_millis(50)), 0.0);
-        rate.sample(0, 0, Duration::from_millis(50));
-        assert_eq!(rate.proved(100, Duration::from_millis(200)), 500.0);
-        assert_eq!(rate.proved(100, Duration::from_secs(10)), 500.0, "idle time takes nothing away");
-        assert_eq!(rate.pages_per_s(), FIRST_GUESS_PAGES_PER_S, "it is handed out by");
-        rate.sample(200, 200, Duration::from_millis(100));
-        assert_eq!(rate.proved(200, Duration::from_millis(300)), 2000.0);
-    }
-
-    #[test]
-    fn stretches_of_zero_pages_are_not_taken_for_a_slow_link() {
-        let interval = Duration::from_millis(50);
-        let mut rate = LinkRate::new(None);
-        let (mut data, mut entries) = (0, 0);
-        for _ in 0..100 {
-            entries += 5000;
-            data += 40;
-            rate.sample(data, entries, interval);
-        }
-        assert_eq!(rate.pages_per_s(), FIRST_GUESS_PAGES_PER_S);
-        for _ in 0..100 {
-            entries += 5000;
-            data += 4000;
-            rate.sample(data, entries, interval);
-        }
-        assert!((rate.pages_per_s() / 80_000.0 - 1.0).abs() < 0.01, "{}", rate.pages_per_s());
-        rate.note_idle();
-        rate.sample(data + 100, entries + 100, interval);
-        assert!((rate.pages_per_s() / 80_000.0 - 1.0).abs() < 0.01, "{}", rate.pages_per_s());
     }
 }

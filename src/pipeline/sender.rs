@@ -7,13 +7,12 @@
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, FilledSlot};
-use super::ring::{Consumer, PopError, Producer, PushError};
+use super::ring::{Consumer, PopError, Producer};
 use super::shared::{Idle, Shared};
-use super::slots::{Slot, SlotPool};
+use super::slots::{Slot, SlotPool, give_back};
 use crate::page::PAGE_SIZE;
 use crate::sys::guest_memory::GuestMemory;
 use crate::sys::uring::{MAX_REGISTERED_BYTES, SendOp, SendRing};
@@ -269,10 +268,7 @@ impl Sender {
                 return Err(SendError::Aborted);
             }
         }
-        let progress = &self.shared.lanes[self.setup.lane];
-        progress.data_pages.fetch_add(data_pages, Ordering::Relaxed);
-        progress.bytes.fetch_add(bytes, Ordering::Relaxed);
-        progress.entries.fetch_add(entries, Ordering::Release);
+        self.shared.lanes[self.setup.lane].note_sent(entries, data_pages, bytes);
         Ok(())
     }
 
@@ -424,7 +420,7 @@ impl Sender {
                 }
             }
             if let Some(filled) = completion.freed {
-                self.give_back(filled);
+                give_back(&mut self.free, filled);
             }
         }
         match self.broken {
@@ -439,16 +435,6 @@ impl Sender {
         if self.setup.may_fall_back && self.useful_notifications == 0 && self.notifications >= FALL_BACK_AFTER
         {
             self.zero_copy = false;
-        }
-    }
-
-    fn give_back(&mut self, filled: FilledSlot) {
-        let (slot, _) = filled.into_parts();
-        match self.free.push(slot) {
-            Ok(()) | Err(PushError::Closed(_)) => {}
-            Err(PushError::Full(_)) => {
-                unreachable!("the ring of free slots has room for every slot there is")
-            }
         }
     }
 

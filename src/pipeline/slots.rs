@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use super::ring::{Producer, PushError};
 use crate::page::PAGE_SIZE;
 use crate::sys::slot_memory::{Backing, SlotMemory};
 
@@ -191,6 +192,15 @@ impl<P> Filled<P> {
     /// The slot, to be kept while it is sent and filled again afterwards, and what went with it.
     pub fn into_parts(self) -> (Slot, P) {
         (self.slot, self.payload)
+    }
+}
+
+/// Frees the slot of what was sent. If the mapper is gone the slot is lost, and nobody misses it.
+pub fn give_back<P>(free: &mut Producer<Slot>, sent: Filled<P>) {
+    let (slot, _) = sent.into_parts();
+    match free.push(slot) {
+        Ok(()) | Err(PushError::Closed(_)) => {}
+        Err(PushError::Full(_)) => unreachable!("the ring of free slots has room for every slot there is"),
     }
 }
 
