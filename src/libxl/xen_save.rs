@@ -8,7 +8,7 @@ use super::dom0;
 use super::handle::{Libxl, LibxlError};
 use super::save::{SaveError, SaveReport, SaveRequest};
 use crate::guest::xen::windows::WindowLimits;
-use crate::guest::xen::{Hypervisor, XenDomain, XenError, XenSettings, this_host};
+use crate::guest::xen::{Hypervisor, WindowsAtEnd, XenDomain, XenError, XenSettings, this_host};
 use crate::guest::{DirtyLog, GuestControl, GuestError, PageSource};
 use crate::libxl::Level;
 use crate::page::PAGE_SIZE;
@@ -36,8 +36,12 @@ fn save_on(
 ) -> Result<SaveReport, SaveError> {
     let settings = &request.options.settings;
     let pages = (request.options.window_bytes as usize / PAGE_SIZE).max(1);
-    let xen =
-        XenSettings { windows: WindowLimits { pages, ..WindowLimits::default() }, ..XenSettings::default() };
+    let xen = XenSettings {
+        windows: WindowLimits { pages, ..WindowLimits::default() },
+        // The process ends with this save, and until it does libxl does not go on.
+        windows_at_end: WindowsAtEnd::LeftToExit,
+        ..XenSettings::default()
+    };
     let open = || XenDomain::open_with(hypervisor.clone(), request.domid, xen).map_err(save_error);
     let mut domain = open()?;
     let stream = request

@@ -47,6 +47,19 @@ pub struct XenSettings {
     pub windows: WindowLimits,
     /// When the windows are made anew at the end.
     pub final_mapping: FinalMapping,
+    /// What becomes of the windows when a lane is done.
+    pub windows_at_end: WindowsAtEnd,
+}
+
+/// What becomes of the windows when a lane is done: the guest stands still then, and waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WindowsAtEnd {
+    /// They are unmapped.
+    #[default]
+    Unmapped,
+    /// They are left to the end of the process, which is to follow at once. A PV dom0's kernel takes an ending process's page
+    /// tables back from Xen first and then clears them directly, where munmap has Xen emulate each entry.
+    LeftToExit,
 }
 
 /// What migrating a domain has cost Xen and the kernel so far.
@@ -148,7 +161,7 @@ impl XenDomain {
 
     /// The pages, for one lane.
     pub fn page_source(&self) -> XenPages {
-        XenPages::new(self.shared.clone(), self.settings.windows)
+        XenPages::new(self.shared.clone(), &self.settings)
     }
 
     /// Whether every page asked for could be read. To be asked after the last page was read and before the stream is

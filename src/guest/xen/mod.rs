@@ -29,7 +29,7 @@ mod tests;
 
 use std::sync::Arc;
 
-pub use domain::{FinalMapping, XenCosts, XenDomain, XenSettings};
+pub use domain::{FinalMapping, WindowsAtEnd, XenCosts, XenDomain, XenSettings};
 pub use error::XenError;
 pub use hypervisor::Hypervisor;
 pub use log::XenDirtyLog;

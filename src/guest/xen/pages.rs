@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex};
 
 use super::XenError;
+use super::domain::{WindowsAtEnd, XenSettings};
 use super::shared::{Shared, lock};
-use super::windows::{WindowLimits, Windows};
+use super::windows::Windows;
 use crate::guest::{PageContent, PageSource};
 use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
 use crate::sys::guest_memory::GuestMemory;
@@ -17,14 +18,15 @@ use crate::sys::xen::foreign::ForeignMapping;
 pub struct XenPages {
     shared: Arc<Shared>,
     windows: Arc<Mutex<Windows>>,
+    at_end: WindowsAtEnd,
 }
 
 impl XenPages {
-    pub(super) fn new(shared: Arc<Shared>, limits: WindowLimits) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, settings: &XenSettings) -> Self {
         let nr_chunks = (shared.nr_pfns as usize).div_ceil(CHUNK_PAGES);
-        let windows = Arc::new(Mutex::new(Windows::new(limits, nr_chunks)));
+        let windows = Arc::new(Mutex::new(Windows::new(settings.windows, nr_chunks)));
         shared.add_lane(&windows);
-        XenPages { shared, windows }
+        XenPages { shared, windows, at_end: settings.windows_at_end }
     }
 
     /// Calls `look` with the mapping of a page, if it is there. A page that cannot be read for another reason counts as
@@ -95,7 +97,7 @@ impl PageSource for XenPages {
 
 impl Drop for XenPages {
     fn drop(&mut self) {
-        let counts = lock(&self.windows).close();
+        let counts = lock(&self.windows).close(self.at_end);
         self.shared.end_lane(counts);
     }
 }

@@ -13,6 +13,7 @@ use std::ops::Add;
 use serde::Serialize;
 
 use super::XenError;
+use super::domain::WindowsAtEnd;
 use super::population::{Asker, Change, ChunkMask, contains, count, rank};
 use super::shared::Shared;
 use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
@@ -279,8 +280,11 @@ impl Windows {
     }
 
     /// Lets everything go, and hands over the counts.
-    pub(super) fn close(&mut self) -> WindowCounts {
-        self.windows.clear();
+    pub(super) fn close(&mut self, at_end: WindowsAtEnd) -> WindowCounts {
+        match at_end {
+            WindowsAtEnd::Unmapped => self.windows.clear(),
+            WindowsAtEnd::LeftToExit => self.windows.drain(..).for_each(std::mem::forget),
+        }
         self.places.fill(0);
         self.pages = 0;
         std::mem::take(&mut self.counts)

@@ -273,6 +273,18 @@ fn windows_stay_within_their_limits_and_the_oldest_goes() {
 }
 
 #[test]
+fn windows_are_left_to_the_end_of_the_process_where_that_is_near() {
+    for (windows_at_end, unmapped) in [(WindowsAtEnd::Unmapped, 5), (WindowsAtEnd::LeftToExit, 0)] {
+        let simulated = Simulated::pvh(NEW, 512 * 4);
+        let mut saver = Saver::start(&simulated, XenSettings { windows_at_end, ..XenSettings::default() });
+        saver.send(usize::MAX);
+        let Saver { pages, domain, .. } = saver;
+        drop(pages);
+        assert_eq!((domain.costs().calls.mmap, domain.costs().calls.munmap), (5, unmapped));
+    }
+}
+
+#[test]
 fn dirty_logging_left_on_by_another_is_taken_over_and_ends_with_the_domain() {
     let simulated = Simulated::pvh(NEW, 10);
     simulated.enable_log_dirty(DOMID, 10).unwrap();

@@ -84,7 +84,7 @@ proptest! {
         }
         at_first.iter().for_each(|step| play(&mut simulated.guest(), step));
         let windows = WindowLimits { pages, windows: 3 };
-        let mut saver = Saver::start(&simulated, XenSettings { windows, final_mapping });
+        let mut saver = Saver::start(&simulated, XenSettings { windows, final_mapping, ..XenSettings::default() });
         let mut in_calls = in_calls.into_iter();
         let mut due = in_calls.next();
         let mut counted = simulated.guest().tot_pages();
