@@ -5,12 +5,10 @@
 //! in order.
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
 use super::batch::{BATCH_PAGES, Batch, Chunk};
 use super::openings::Openings;
 use super::ring::{Producer, PushError};
-use super::shared::Shared;
 use crate::page::Pfn;
 use crate::page_set::PageSet;
 
@@ -29,13 +27,22 @@ pub struct Dealer {
     openings: Option<Openings>,
     /// Batches that have found no room yet.
     outbox: VecDeque<(usize, Batch)>,
+    last: Option<Last>,
+}
+
+/// The last pages, as far as they are not dealt yet.
+struct Last {
+    pages: PageSet,
+    next_chunk: usize,
+    /// A batch for each lane, not full yet.
+    open: Vec<Batch>,
 }
 
 impl Dealer {
     /// Deals to these lanes. With `openings` the first batch of each chunk opens it.
     pub fn new(lanes: Vec<Producer<Batch>>, openings: Option<Openings>) -> Self {
         let outbox = VecDeque::with_capacity(BATCH_PAGES + lanes.len());
-        Dealer { lanes, openings, outbox }
+        Dealer { lanes, openings, outbox, last: None }
     }
 
     /// Passes on what waits; says what is in the way if not all of it goes, or if not one batch more would.
@@ -72,29 +79,50 @@ impl Dealer {
         }
     }
 
-    /// Deals all pages of `last`, waiting for the mappers as long as it takes; false if the migration is aborted meanwhile.
-    pub fn deal_last(&mut self, last: &PageSet, shared: &Shared) -> bool {
-        let nr_lanes = self.lanes.len();
-        let mut open = vec![Batch::new(); nr_lanes];
-        for chunk in last.occupied_chunks() {
-            let lane = Pfn::first_of(chunk).lane(nr_lanes);
-            let mut pages = last.pages_of_chunk(chunk);
-            if let Some(mut batch) = self.open(chunk) {
-                pages.by_ref().take(BATCH_PAGES).for_each(|pfn| batch.push(pfn));
-                self.outbox.push_back((lane, batch));
+    /// Begins to deal `pages`, the last there are.
+    pub fn begin_last(&mut self, pages: PageSet) {
+        self.last = Some(Last { pages, next_chunk: 0, open: vec![Batch::new(); self.lanes.len()] });
+    }
+
+    /// Deals the last pages as far as there is room for them; whether all are dealt.
+    pub fn deal_last(&mut self) -> Result<bool, Obstacle> {
+        loop {
+            match self.empty_outbox() {
+                Ok(()) => {}
+                Err(Obstacle::Full) => return Ok(false),
+                Err(Obstacle::Closed) => return Err(Obstacle::Closed),
             }
-            for pfn in pages {
-                open[lane].push(pfn);
-                if open[lane].is_full() {
-                    self.outbox.push_back((lane, std::mem::take(&mut open[lane])));
-                }
+            let Some(mut last) = self.last.take() else { return Ok(true) };
+            while last.next_chunk < last.pages.nr_chunks() && last.pages.chunk_len(last.next_chunk) == 0 {
+                last.next_chunk += 1;
             }
-            if !self.wait_for_room(shared) {
-                return false;
+            if last.next_chunk < last.pages.nr_chunks() {
+                self.deal_chunk(&mut last);
+                self.last = Some(last);
+            } else {
+                let open = last.open.into_iter().enumerate();
+                self.outbox.extend(open.filter(|(_, batch)| !batch.is_empty()));
             }
         }
-        self.outbox.extend(open.into_iter().enumerate().filter(|(_, batch)| !batch.is_empty()));
-        self.wait_for_room(shared)
+    }
+
+    /// Puts the next chunk of the last pages into batches.
+    fn deal_chunk(&mut self, last: &mut Last) {
+        let chunk = last.next_chunk;
+        last.next_chunk += 1;
+        let nr_lanes = self.lanes.len();
+        let lane = Pfn::first_of(chunk).lane(nr_lanes);
+        let mut pages = last.pages.pages_of_chunk(chunk);
+        if let Some(mut batch) = self.open(chunk) {
+            pages.by_ref().take(BATCH_PAGES).for_each(|pfn| batch.push(pfn));
+            self.outbox.push_back((lane, batch));
+        }
+        for pfn in pages {
+            last.open[lane].push(pfn);
+            if last.open[lane].is_full() {
+                self.outbox.push_back((lane, std::mem::take(&mut last.open[lane])));
+            }
+        }
     }
 
     fn open(&mut self, chunk: usize) -> Option<Batch> {
@@ -114,22 +142,6 @@ impl Dealer {
             }
         }
         Ok(())
-    }
-
-    /// Waits until nothing waits here any more.
-    fn wait_for_room(&mut self, shared: &Shared) -> bool {
-        let mut idle = shared.idle();
-        while let Err(obstacle) = self.empty_outbox() {
-            if obstacle == Obstacle::Closed {
-                // The mapper says why itself.
-                shared.abort();
-            }
-            if shared.is_aborted() {
-                return false;
-            }
-            idle.wait(Duration::MAX);
-        }
-        true
     }
 }
 
@@ -182,7 +194,8 @@ mod tests {
         let mut last = PageSet::empty(4 * 512);
         last.insert_run(Pfn(100), 1000);
         let mut dealer = Dealer::new(to_lanes, Some(Openings::new(PageSet::full(4 * 512))));
-        assert!(dealer.deal_last(&last, &Shared::new(2, false)));
+        dealer.begin_last(last);
+        assert_eq!(dealer.deal_last(), Ok(true));
         let mut all: Vec<u64> = Vec::new();
         for (lane, ring) in lanes.iter_mut().enumerate() {
             for (opens, pages) in batches(ring) {

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, FilledSlot};
+use super::clock::Clock;
 use super::mapper::{self, MapMode, Mapper, MapperReport};
 use super::openings::Openings;
 use super::outcome::{MigrationError, Phase};
@@ -206,7 +207,10 @@ impl Lanes {
         };
         let pipe = self.pipe.clone();
         let links = scanner::Links { lanes: batch_ends, zero_notes, pipe, orders, events: events_in };
-        let scanner = Scanner::new(log, engine, openings, links, self.shared.clone(), cadence, started);
+        let scanner = {
+            let clock = Clock::Real(started);
+            Scanner::new(log, engine, openings, links, self.shared.clone(), cadence, clock)
+        };
         self.scanner =
             Some(spawn("pc-scan0".to_owned(), settings.pins.scan, self.shared.clone(), move || {
                 scanner.run()

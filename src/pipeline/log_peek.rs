@@ -1,7 +1,8 @@
 //! Looking into the dirty log without clearing it, for policies that want to, within the share of time that looks may take.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use super::clock::Clock;
 use super::scanner::Cadence;
 use crate::forecast::Peek;
 use crate::guest::{DirtyLog, GuestError};
@@ -13,7 +14,7 @@ pub(super) struct LogPeek<'a> {
     log: &'a mut dyn DirtyLog,
     peeks: &'a mut Peeks,
     cadence: &'a Cadence,
-    now: Duration,
+    clock: &'a Clock,
     /// Why the last look failed, if it did.
     pub(super) failed: Option<GuestError>,
 }
@@ -35,22 +36,22 @@ impl Peeks {
 }
 
 impl<'a> LogPeek<'a> {
-    /// Peeks into `log` at the time `now`.
+    /// Peeks into `log`.
     pub(super) fn new(
         log: &'a mut dyn DirtyLog,
         peeks: &'a mut Peeks,
         cadence: &'a Cadence,
-        now: Duration,
+        clock: &'a Clock,
     ) -> Self {
-        LogPeek { log, peeks, cadence, now, failed: None }
+        LogPeek { log, peeks, cadence, clock, failed: None }
     }
 
     fn look_at_all(&mut self, nr_pages: u64) -> Result<(), GuestError> {
         let seen = self.peeks.seen.get_or_insert_with(|| PageSet::empty(nr_pages));
-        if self.now >= self.peeks.next {
-            let since = Instant::now();
+        let now = self.clock.elapsed();
+        if now >= self.peeks.next {
             self.log.peek(0..nr_pages, seen)?;
-            self.peeks.next = self.now + self.cadence.rest(since.elapsed());
+            self.peeks.next = now + self.cadence.rest(self.clock.elapsed() - now);
         }
         Ok(())
     }

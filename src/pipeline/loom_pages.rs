@@ -156,8 +156,20 @@ impl Scanner {
     /// The guest stands still: hands out all that is left.
     fn finish(mut self) {
         self.sample();
-        let last = self.engine.take_pending();
-        assert!(self.dealer.deal_last(&last, &self.shared));
+        assert!(self.deal_last());
+    }
+
+    /// Hands out all that is left; false if that was cut short by an abort.
+    fn deal_last(&mut self) -> bool {
+        self.dealer.begin_last(self.engine.take_pending());
+        while !self.shared.is_aborted() {
+            match self.dealer.deal_last() {
+                Ok(true) => return true,
+                Ok(false) => yield_now(),
+                Err(_) => self.shared.abort(),
+            }
+        }
+        false
     }
 }
 
@@ -339,8 +351,7 @@ fn loom_pages_an_abort_ends_every_stage_wherever_it_is() {
         let mapping = thread::spawn(move || drop(mapper.run()));
         let mut scanner = Scanner::new(&machine, vec![to_lane], &shared);
         scanner.hand_out();
-        let last = scanner.engine.take_pending();
-        let all_dealt = scanner.dealer.deal_last(&last, &shared);
+        let all_dealt = scanner.deal_last();
         drop(scanner);
         control.join().unwrap();
         mapping.join().unwrap();

@@ -14,7 +14,7 @@ use std::time::Duration;
 use super::batch::{BATCH_PAGES, Batch, Chunk, FilledSlot, RecordInfo, Runs};
 use super::lanes::Wire;
 use super::ring::{Consumer, PopError, Producer, PushError};
-use super::shared::Shared;
+use super::shared::{Shared, Step};
 use super::slots::Slot;
 use crate::guest::{PageContent, PageSource};
 use crate::page::{CHUNK_PAGES, Pfn};
@@ -86,10 +86,14 @@ pub struct Mapper {
     shared: Arc<Shared>,
     zero_pages: u64,
     zero_set: PageSet,
-    /// A slot that was taken for a batch of which no page was there.
+    /// A slot to be filled next.
     spare: Option<Slot>,
+    /// A filled slot that has found no room yet.
+    outgoing: Option<FilledSlot>,
     /// Handed out and not there.
     absent: PageSet,
+    /// Of these, the ones to be looked for once more, from when the scanner has handed out its last batch.
+    again: Option<PageSet>,
 }
 
 impl Mapper {
@@ -113,7 +117,9 @@ impl Mapper {
             zero_pages: 0,
             zero_set: PageSet::empty(nr_pages),
             spare: None,
+            outgoing: None,
             absent: PageSet::empty(nr_pages),
+            again: None,
         }
     }
 
@@ -121,39 +127,63 @@ impl Mapper {
     pub fn run(mut self) -> MapperReport {
         let mut idle = self.shared.idle();
         while !self.shared.is_aborted() {
-            match self.batches.pop() {
-                Ok(batch) => {
-                    idle.worked();
-                    if !self.serve(&batch) {
-                        break;
-                    }
-                }
-                Err(PopError::Empty) => idle.wait(Duration::MAX),
-                Err(PopError::Closed) => {
-                    self.look_again();
-                    break;
-                }
+            match self.step() {
+                Step::Done => break,
+                step => idle.follow(step),
             }
         }
+        self.report()
+    }
+
+    pub(super) fn report(self) -> MapperReport {
         MapperReport { zero_pages: self.zero_pages, zero_set: self.zero_set, cpu: cpu::thread_cpu_time() }
     }
 
-    /// The guest stands still: pages that were not there are there now or never.
-    fn look_again(&mut self) {
-        let again = std::mem::replace(&mut self.absent, PageSet::empty(self.zero_set.nr_pages()));
-        let mut pages = again.iter().peekable();
-        while pages.peek().is_some() && !self.shared.is_aborted() {
-            let mut batch = Batch::new();
-            pages.by_ref().take(BATCH_PAGES).for_each(|pfn| batch.push(pfn));
-            if !self.serve(&batch) {
-                return;
+    /// Passes on what is filled, or fills a slot with a batch, if there are both.
+    pub(super) fn step(&mut self) -> Step {
+        if self.outgoing.is_some() {
+            return self.pass_on();
+        }
+        let slot = match self.spare.take().map_or_else(|| self.free.pop(), Ok) {
+            Ok(slot) => slot,
+            Err(PopError::Empty) => return Step::Wait(Duration::MAX),
+            Err(PopError::Closed) => return Step::Done,
+        };
+        match self.next_batch() {
+            Ok(batch) => {
+                self.serve(slot, &batch);
+                self.pass_on()
+            }
+            Err(nothing) => {
+                self.spare = Some(slot);
+                if nothing == PopError::Closed { Step::Done } else { Step::Wait(Duration::MAX) }
             }
         }
     }
 
-    /// Fills one slot with a batch; a batch always fits. False if the lane is at its end.
-    fn serve(&mut self, batch: &Batch) -> bool {
-        let Some(mut slot) = self.spare.take().or_else(|| self.free_slot()) else { return false };
+    /// The next batch, from the scanner or, when that has none any more, of pages that were not there: the guest stands still
+    /// then, and they are there now or never.
+    fn next_batch(&mut self) -> Result<Batch, PopError> {
+        match self.batches.pop() {
+            Err(PopError::Closed) => self.look_again().ok_or(PopError::Closed),
+            other => other,
+        }
+    }
+
+    fn look_again(&mut self) -> Option<Batch> {
+        let again = self.again.get_or_insert_with(|| {
+            std::mem::replace(&mut self.absent, PageSet::empty(self.zero_set.nr_pages()))
+        });
+        let mut batch = Batch::new();
+        again.iter().take(BATCH_PAGES).for_each(|pfn| batch.push(pfn));
+        for pfn in batch.pages() {
+            again.remove(*pfn);
+        }
+        (!batch.is_empty()).then_some(batch)
+    }
+
+    /// Fills a slot with a batch; a batch always fits.
+    fn serve(&mut self, mut slot: Slot, batch: &Batch) {
         let pages = batch.pages();
         if self.way.mode.copies() {
             self.source.gather(pages);
@@ -208,10 +238,10 @@ impl Mapper {
         }
         let Some((range, info)) = layout.finish() else {
             self.spare = Some(slot);
-            return true;
+            return;
         };
         match FilledSlot::new(slot, range, info) {
-            Ok(filled) => self.pass_on(filled),
+            Ok(filled) => self.outgoing = Some(filled),
             Err(_) => unreachable!("a record lies within the slot that it was laid out in"),
         }
     }
@@ -222,28 +252,15 @@ impl Mapper {
         }
     }
 
-    fn free_slot(&mut self) -> Option<Slot> {
-        let mut idle = self.shared.idle();
-        loop {
-            match self.free.pop() {
-                Ok(slot) => return Some(slot),
-                Err(PopError::Closed) => return None,
-                Err(PopError::Empty) if self.shared.is_aborted() => return None,
-                Err(PopError::Empty) => idle.wait(Duration::MAX),
+    fn pass_on(&mut self) -> Step {
+        let Some(filled) = self.outgoing.take() else { return Step::Worked };
+        match self.filled.push(filled) {
+            Ok(()) => Step::Worked,
+            Err(PushError::Closed(_)) => Step::Done,
+            Err(PushError::Full(back)) => {
+                self.outgoing = Some(back);
+                Step::Wait(Duration::MAX)
             }
-        }
-    }
-
-    fn pass_on(&mut self, mut filled: FilledSlot) -> bool {
-        let mut idle = self.shared.idle();
-        loop {
-            match self.filled.push(filled) {
-                Ok(()) => return true,
-                Err(PushError::Closed(_)) => return false,
-                Err(PushError::Full(_)) if self.shared.is_aborted() => return false,
-                Err(PushError::Full(back)) => filled = back,
-            }
-            idle.wait(Duration::MAX);
         }
     }
 }

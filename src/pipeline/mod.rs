@@ -22,6 +22,7 @@
 //! of a page allocates once the migration has begun.
 
 pub mod batch;
+pub mod clock;
 pub mod control;
 pub mod dealer;
 pub mod lanes;
@@ -48,3 +49,5 @@ mod loom_pages;
 mod loom_ring;
 #[cfg(all(test, loom))]
 mod loom_slots;
+#[cfg(all(test, not(loom)))]
+mod simulation;

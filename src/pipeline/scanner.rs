@@ -6,15 +6,16 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::batch::{BATCH_PAGES, Batch};
+use super::clock::Clock;
 use super::dealer::{Dealer, Obstacle};
 use super::link_rate::LinkRate;
 use super::log_peek::{LogPeek, Peeks};
 use super::openings::Openings;
 use super::ring::{Consumer, Producer};
-use super::shared::Shared;
+use super::shared::{Shared, Step};
 use crate::forecast::{Convergence, Engine, Link, Next, Sample, StopReason, Verdict};
 use crate::guest::{DirtyLog, GuestError};
 use crate::page::{PAGE_SIZE, Pfn};
@@ -137,7 +138,8 @@ pub struct Scanner {
     orders: Receiver<Order>,
     events: Sender<Event>,
     cadence: Cadence,
-    started: Instant,
+    clock: Clock,
+    state: State,
     dirty: PageSet,
     chosen: Vec<Pfn>,
     handed_out: u64,
@@ -148,6 +150,19 @@ pub struct Scanner {
     samples: u64,
     sampling: Duration,
     most_deferred: u64,
+}
+
+/// What the scanner is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Handing out pages and sampling.
+    Sending,
+    /// All of a round is handed out; the sample that ends it waits until it is sent.
+    RoundOver,
+    /// Waiting for the order to send the rest.
+    Waiting,
+    /// Handing out the rest.
+    Finishing,
 }
 
 /// What one attempt to hand out pages came to.
@@ -162,7 +177,7 @@ enum Fed {
 }
 
 impl Scanner {
-    /// A scanner whose dirty log was armed at `started`. With `openings` the first batch of each chunk opens it.
+    /// A scanner whose dirty log was armed when `clock` began. With `openings` the first batch of each chunk opens it.
     pub fn new(
         log: Box<dyn DirtyLog>,
         engine: Engine,
@@ -170,7 +185,7 @@ impl Scanner {
         links: Links,
         shared: Arc<Shared>,
         cadence: Cadence,
-        started: Instant,
+        clock: Clock,
     ) -> Self {
         let nr_pages = engine.pending().nr_pages();
         let Links { lanes, zero_notes, pipe, orders, events } = links;
@@ -190,7 +205,8 @@ impl Scanner {
             orders,
             events,
             cadence,
-            started,
+            clock,
+            state: if cadence.live { State::Sending } else { State::Waiting },
             dirty: PageSet::empty(nr_pages),
             chosen: Vec::with_capacity(BATCH_PAGES),
             handed_out: 0,
@@ -210,6 +226,10 @@ impl Scanner {
             self.shared.abort();
             let _ = self.events.send(Event::Failed(error));
         }
+        self.report()
+    }
+
+    pub(super) fn report(self) -> ScannerReport {
         ScannerReport {
             engine: self.engine,
             samples: self.samples,
@@ -221,61 +241,63 @@ impl Scanner {
     }
 
     fn work(&mut self) -> Result<(), GuestError> {
-        let mut round_over = false;
-        let mut stopping = !self.cadence.live;
         let mut idle = self.shared.idle();
         while !self.shared.is_aborted() {
-            match self.orders.try_recv() {
-                Ok(Order::Final) => return self.finish(),
-                Err(TryRecvError::Disconnected) => return Ok(()),
-                Err(TryRecvError::Empty) => {}
+            match self.step()? {
+                Step::Done => break,
+                step => idle.follow(step),
             }
-            if stopping {
-                idle.wait(Duration::from_micros(50));
-                continue;
-            }
-            let now = self.started.elapsed();
-            // A round's last sample is taken when all of the round is sent.
-            let due = if round_over { self.in_flight() == 0 } else { now >= self.next_sample };
-            if due {
-                self.sample(false)?;
-                round_over = false;
-                stopping = self.heed_verdict();
-                if stopping {
-                    // Until the guest stands still nothing more is handed out, which says nothing about the link.
-                    self.rate.note_idle();
-                    continue;
-                }
-            }
-            match self.feed(now)? {
-                Fed::Pages => {
-                    idle.worked();
-                    continue;
-                }
-                Fed::WindowFull => {
-                    // Far more than this is on its way; a few long naps cost less than many short ones.
-                    idle.sleep((WINDOW / 4).min(self.next_sample.saturating_sub(now)));
-                    continue;
-                }
-                Fed::RingFull => {}
-                Fed::RoundEnd => {
-                    round_over = true;
-                    self.rate.note_idle();
-                    idle.wait(Duration::MAX);
-                    continue;
-                }
-                Fed::Nothing => {
-                    self.rate.note_idle();
-                    let since_last = now.saturating_sub(self.last_sample);
-                    if self.cadence.may_be_early(since_last, now, self.samples, self.sampling) {
-                        self.next_sample = now;
-                        continue;
-                    }
-                }
-            }
-            idle.wait(self.next_sample.saturating_sub(self.started.elapsed()));
         }
         Ok(())
+    }
+
+    /// Does what is to be done now.
+    pub(super) fn step(&mut self) -> Result<Step, GuestError> {
+        if self.state == State::Finishing {
+            return Ok(self.deal_last());
+        }
+        match self.orders.try_recv() {
+            Ok(Order::Final) => return self.finish().map(|()| Step::Worked),
+            Err(TryRecvError::Disconnected) => return Ok(Step::Done),
+            Err(TryRecvError::Empty) => {}
+        }
+        if self.state == State::Waiting {
+            return Ok(Step::Wait(Duration::from_micros(50)));
+        }
+        let now = self.clock.elapsed();
+        // A round's last sample is taken when all of the round is sent.
+        let round_over = self.state == State::RoundOver;
+        let due = if round_over { self.in_flight() == 0 } else { now >= self.next_sample };
+        if due {
+            self.sample(false)?;
+            self.state = State::Sending;
+            if self.heed_verdict() {
+                // Until the guest stands still nothing more is handed out, which says nothing about the link.
+                self.rate.note_idle();
+                self.state = State::Waiting;
+                return Ok(Step::Worked);
+            }
+        }
+        match self.feed(now)? {
+            Fed::Pages => return Ok(Step::Worked),
+            // Far more than this is on its way; a few long naps cost less than many short ones.
+            Fed::WindowFull => return Ok(Step::Rest((WINDOW / 4).min(self.next_sample.saturating_sub(now)))),
+            Fed::RingFull => {}
+            Fed::RoundEnd => {
+                self.state = State::RoundOver;
+                self.rate.note_idle();
+                return Ok(Step::Wait(Duration::MAX));
+            }
+            Fed::Nothing => {
+                self.rate.note_idle();
+                let since_last = now.saturating_sub(self.last_sample);
+                if self.cadence.may_be_early(since_last, now, self.samples, self.sampling) {
+                    self.next_sample = now;
+                    return Ok(Step::Worked);
+                }
+            }
+        }
+        Ok(Step::Wait(self.next_sample.saturating_sub(self.clock.elapsed())))
     }
 
     /// Asks the forecast whether to go on, and tells control if anything is to be done; whether pre-copy ends.
@@ -285,7 +307,7 @@ impl Scanner {
         let all_sent_once = self.shared.entries_sent() >= self.engine.pages();
         let pages_per_s = self.rate.proved(all_sent_once);
         let link = Link { pages_per_s, ..self.link_to_the_end() };
-        let event = match self.engine.verdict(self.started.elapsed(), &link) {
+        let event = match self.engine.verdict(self.clock.elapsed(), &link) {
             Verdict::Throttle(percent) if percent != throttle_percent => Event::Throttle(percent),
             Verdict::Continue | Verdict::Throttle(_) => return false,
             Verdict::Stop(reason) => Event::Stop(reason),
@@ -332,13 +354,13 @@ impl Scanner {
     fn sample(&mut self, last: bool) -> Result<(), GuestError> {
         self.dirty.clear();
         // The time before the scan: what is written during the scan may belong to this sample or to the next.
-        let at = self.started.elapsed();
+        let at = self.clock.elapsed();
         if last {
             self.log.get_and_clear_last(&mut self.dirty)?;
         } else {
             self.log.get_and_clear(&mut self.dirty)?;
         }
-        let took = self.started.elapsed() - at;
+        let took = self.clock.elapsed() - at;
         self.sampling += took;
         self.samples += 1;
         self.engine.on_sample(&Sample { at, dirty: &self.dirty });
@@ -381,7 +403,7 @@ impl Scanner {
         self.chosen.clear();
         let link = self.link();
         let cadence = &self.cadence;
-        let mut peek = LogPeek::new(self.log.as_mut(), &mut self.peeks, cadence, now);
+        let mut peek = LogPeek::new(self.log.as_mut(), &mut self.peeks, cadence, &self.clock);
         let next = self.engine.next_batch(now, max.min(BATCH_PAGES), &link, &mut peek, &mut self.chosen);
         if let Some(error) = peek.failed {
             return Err(error);
@@ -412,8 +434,22 @@ impl Scanner {
         let last = self.engine.take_pending();
         let _ = self.events.send(Event::FinalSet { pages: last.len() });
         self.handed_out += last.len();
-        self.dealer.deal_last(&last, &self.shared);
+        self.dealer.begin_last(last);
+        self.state = State::Finishing;
         Ok(())
+    }
+
+    /// Hands out of the last pages what there is room for.
+    fn deal_last(&mut self) -> Step {
+        match self.dealer.deal_last() {
+            Ok(true) => Step::Done,
+            Ok(false) => Step::Wait(Duration::MAX),
+            Err(_) => {
+                // The mapper says why itself.
+                self.shared.abort();
+                Step::Done
+            }
+        }
     }
 }
 
@@ -463,8 +499,8 @@ mod tests {
             bandwidth: Some(100_000),
         };
         let openings = Some(Openings::new(populated));
-        let scanner =
-            Scanner::new(Box::new(Silent), engine, openings, links, shared.clone(), slow, Instant::now());
+        let clock = Clock::Real(std::time::Instant::now());
+        let scanner = Scanner::new(Box::new(Silent), engine, openings, links, shared.clone(), slow, clock);
         let scanning = std::thread::spawn(move || scanner.run());
         let mut handed_out = 0;
         while handed_out < 600 {

@@ -99,6 +99,19 @@ impl Shared {
     }
 }
 
+/// What a stage's step came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Something was done; there may be more to do.
+    Worked,
+    /// There is nothing to do now. It is to be looked at again, soon, and after this time at the latest.
+    Wait(Duration),
+    /// There is nothing to do for this time.
+    Rest(Duration),
+    /// The stage is at its end.
+    Done,
+}
+
 /// How a stage waits for work: in naps that grow from 20 microseconds to half a millisecond, so that a busy
 /// pipeline reacts at once and a throttled one hardly uses its cores. The longest is far less than the rings and
 /// slots hold: at 2.5 GB/s the 16 slots of a lane are 1.7 ms of work.
@@ -119,6 +132,16 @@ impl Idle {
     const SHORTEST: Duration = Duration::from_micros(20);
     const LONGEST: Duration = Duration::from_micros(500);
     const LONGEST_WHEN_SLOW: Duration = Duration::from_millis(4);
+
+    /// Waits as long as is right after a step.
+    pub fn follow(&mut self, step: Step) {
+        match step {
+            Step::Worked => self.worked(),
+            Step::Wait(most) => self.wait(most),
+            Step::Rest(nap) => self.sleep(nap),
+            Step::Done => {}
+        }
+    }
 
     /// There was work. The next nap is half as long, not the shortest: work that comes at a steady, slow pace is then
     /// met by naps of about its period, instead of a whole ladder of naps for each piece.

@@ -48,7 +48,7 @@ mod pacing;
 mod pattern;
 pub mod protocol;
 mod ram;
-mod rng;
+pub(crate) mod rng;
 mod table;
 #[cfg(test)]
 mod tests;
