@@ -5,7 +5,7 @@ import dataclasses
 import signal
 import sys
 
-from . import compare, guest, images, jobs, packages, trials
+from . import compare, faults, guest, images, jobs, packages, streams, trials
 from .cache import Cache
 from .errors import LabError
 from .lab import MOST_HOSTS, Lab
@@ -97,6 +97,20 @@ def parser():
     against.add_argument("--keep", action="store_true", help="leave the lab standing")
     env_argument(against, "pagecast")
     guest_arguments(against, workload=False)
+    text = "have all that can go wrong happen to migrations, and see that the guest lives on; boots a lab if none stands"
+    fault = command("fault-test", fault_test, text)
+    fault.add_argument("--helper", metavar="PATH", required=True, help="pagecast, static")
+    text = f"of {','.join(faults.FAULTS)} (default: all)"
+    fault.add_argument("--faults", metavar="NAMES", type=names, default=list(faults.FAULTS), help=text)
+    fault.add_argument("--keep", action="store_true", help="leave the lab standing")
+    env_argument(fault, "the helper")
+    guest_arguments(fault)
+    text = "have the stock helper and pagecast save the same suspended guest, and compare; boots a lab if none stands"
+    stream = command("stream-test", stream_test, text)
+    stream.add_argument("--helper", metavar="PATH", required=True, help="pagecast, static")
+    stream.add_argument("--keep", action="store_true", help="leave the lab standing")
+    env_argument(stream, "pagecast")
+    guest_arguments(stream)
     command("down", take_down, "end the hosts and take their network away")
     return top
 
@@ -236,6 +250,19 @@ def compare_helpers(lab, options):
         what = f"--workloads: there is no {unknown[0]}" if unknown else "--runs: at least 1"
         raise LabError(f"{what}; the workloads are {', '.join(guest.WORKLOADS)}")
     compare.compare(lab, options, settings_of(options), environment_of(options.env))
+
+
+def fault_test(lab, options):
+    """`fault-test`"""
+    unknown = [name for name in options.faults if name not in faults.FAULTS]
+    if unknown:
+        raise LabError(f"--faults: there is no {unknown[0]}; the faults are {', '.join(faults.FAULTS)}")
+    faults.fault_test(lab, options, settings_of(options), environment_of(options.env))
+
+
+def stream_test(lab, options):
+    """`stream-test`"""
+    streams.stream_test(lab, options, settings_of(options), environment_of(options.env))
 
 
 def take_down(lab, _options):

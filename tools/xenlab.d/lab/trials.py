@@ -122,11 +122,11 @@ def keep_stream(lab, host, verify):
         lab.say("verify-stream-v2 accepts it")
 
 
-def verify_stream(cache, stream):
-    """Runs Xen's verifier, from the unpacked package, on a stream of xl's format."""
+def verify_stream(cache, stream, kind="xl"):
+    """Runs Xen's verifier, from the unpacked package, on a stream as `xl` saves it, or a bare one (`libxc`)."""
     xen = cache.debian / "usr/lib/xen-4.17"
     environment = dict(os.environ, PYTHONPATH=str(xen / "lib/python"), PYTHONDONTWRITEBYTECODE="1")
-    command = [sys.executable, xen / "bin/verify-stream-v2", "-f", "xl", "-i", stream]
+    command = [sys.executable, xen / "bin/verify-stream-v2", "-f", kind, "-i", stream]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         said = (done.stderr + done.stdout).strip().splitlines() or ["nothing"]
