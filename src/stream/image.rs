@@ -10,6 +10,7 @@ use super::arena_context::page_digest;
 use super::error::StreamError;
 use super::reader::{Limits, Record, StreamReader};
 use super::records::{DomainHeader, PageKind, TscInfo};
+use super::saved_context::differ_in_tsc_only;
 use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn, is_zero};
 
 /// First bytes of what xl writes in front of libxl's stream, and how much of it comes before its optional part.
@@ -82,10 +83,12 @@ pub struct Difference {
     pub only_one: Vec<u64>,
     /// Names of the other records that differ.
     pub records: Vec<&'static str>,
+    /// The TSC in HVM_CONTEXT differs and nothing else of it, which is the time between two savings of one suspended guest.
+    pub tsc_went_on: bool,
 }
 
 impl Difference {
-    /// Whether there is none.
+    /// Whether there is none, but for the time at which they were saved.
     pub fn is_none(&self) -> bool {
         self.contents.is_empty() && self.only_one.is_empty() && self.records.is_empty()
     }
@@ -94,7 +97,8 @@ impl Difference {
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_none() {
-            return write!(f, "equal: {} pages and all other records", self.compared);
+            let but = if self.tsc_went_on { ", but that the TSC has gone on" } else { "" };
+            return write!(f, "equal: {} pages and all other records{but}", self.compared);
         }
         write!(f, "{} of {} pages differ", self.contents.len(), self.compared)?;
         let first =
@@ -211,6 +215,8 @@ impl Image {
                 difference.only_one.push(pfn.0);
             }
         }
+        difference.tsc_went_on = differ_in_tsc_only(&self.context, &other.context);
+        let same_context = self.context == other.context || difference.tsc_went_on;
         let mut record = |equal: bool, name| {
             if !equal {
                 difference.records.push(name);
@@ -220,7 +226,7 @@ impl Image {
         record(self.cpuid == other.cpuid, "X86_CPUID_POLICY");
         record(self.msrs == other.msrs, "X86_MSR_POLICY");
         record(self.tsc == other.tsc, "X86_TSC_INFO");
-        record(self.context == other.context, "HVM_CONTEXT");
+        record(same_context, "HVM_CONTEXT");
         record(self.params == other.params, "HVM_PARAMS");
         difference
     }

@@ -47,6 +47,7 @@ pub mod image;
 mod order;
 pub mod reader;
 pub mod records;
+mod saved_context;
 mod source;
 pub mod writer;
 
