@@ -113,6 +113,10 @@ pub trait DirtyLog: Send {
     fn get_and_clear_last(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
         self.get_and_clear(dirty)
     }
+    /// For how long the last get-and-clear held the guest up; None: for as long as it took.
+    fn held_up(&self) -> Option<Duration> {
+        None
+    }
     /// Adds to `dirty` the pages of `range` written since the last get-and-clear, and leaves the log as it is.
     fn peek(&mut self, range: Range<u64>, dirty: &mut PageSet) -> Result<(), GuestError>;
 }

@@ -32,6 +32,10 @@ const WINDOW: Duration = Duration::from_millis(20);
 /// less, and be measured slower still. (Seen on emulated hosts: a third of what the link carries, in batches of 16 pages.)
 const LEAST_WINDOW: f64 = 256.0;
 
+/// The longest time between two looks at the log on account of what they take. One of them may be held up for seconds by
+/// something else, and migration would stand still for minutes.
+const LONGEST_REST: Duration = Duration::from_secs(5);
+
 /// Bytes on the wire for a page with data: itself, its entry, and its share of the record's header.
 pub const WIRE_BYTES_PER_PAGE: f64 = PAGE_SIZE as f64 + 8.0 + 16.0 / BATCH_PAGES as f64;
 
@@ -92,7 +96,7 @@ pub struct Cadence {
 impl Cadence {
     /// The least time between two looks at the log that take `took` each.
     pub(super) fn rest(&self, took: Duration) -> Duration {
-        self.share.map_or(Duration::ZERO, |share| took.div_f64(share.max(1e-6)))
+        self.share.map_or(Duration::ZERO, |share| took.div_f64(share.max(1e-6)).min(LONGEST_REST))
     }
 
     /// When the next sample is due after one at `at` that took `took`. Half of the share is kept for samples that are taken
@@ -360,7 +364,7 @@ impl Scanner {
         } else {
             self.log.get_and_clear(&mut self.dirty)?;
         }
-        let took = self.clock.elapsed() - at;
+        let took = self.log.held_up().unwrap_or_else(|| self.clock.elapsed() - at);
         self.sampling += took;
         self.samples += 1;
         self.engine.on_sample(&Sample { at, dirty: &self.dirty });
@@ -530,6 +534,8 @@ mod tests {
         }
         assert_eq!(samples, 21, "another eleven, since time goes on");
         assert!(sampling <= now.mul_f64(0.02));
+        assert_eq!(cadence.rest(ms(10)), ms(500));
+        assert_eq!(cadence.rest(ms(3000)), LONGEST_REST, "a look that something else held up");
         let free = Cadence { share: None, ..cadence };
         assert!(!free.may_be_early(ms(500), ms(10_000), 10, ms(100)), "where it costs nothing none is early");
     }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::XenError;
 use super::discovery::{DiscoveryCost, discover_again};
@@ -23,6 +24,8 @@ pub struct XenDirtyLog {
     shared: Arc<Shared>,
     final_mapping: FinalMapping,
     last_discovery: LastDiscovery,
+    /// What the last clearing took.
+    cleared_in: Duration,
 }
 
 impl XenDirtyLog {
@@ -31,7 +34,7 @@ impl XenDirtyLog {
         final_mapping: FinalMapping,
         last_discovery: LastDiscovery,
     ) -> Self {
-        XenDirtyLog { shared, final_mapping, last_discovery }
+        XenDirtyLog { shared, final_mapping, last_discovery, cleared_in: Duration::ZERO }
     }
 
     /// Pages dirty since the last get-and-clear, without their names. No bitmap is copied, but the domain is paused.
@@ -46,14 +49,17 @@ impl XenDirtyLog {
     /// the clearing, so that no page that the clearing calls dirty is read through a window from before it came. If not,
     /// it is asked before: what came by then is logged from the clearing on, and can be compared from then on. In either
     /// case the epoch begins after the clearing.
-    fn clear(&self, last: bool, dirty: &mut PageSet) -> Result<bool, XenError> {
-        let shared = &self.shared;
+    fn clear(&mut self, last: bool, dirty: &mut PageSet) -> Result<bool, XenError> {
+        let shared = self.shared.clone();
+        let shared = shared.as_ref();
         shared.check()?;
         shared.population().begin_sample();
         let ask = || shared.hypervisor.domain_info(shared.domid);
         let before = if shared.logs_p2m_changes { None } else { Some(ask()?) };
         let take = &mut |words: &[u64]| dirty.insert_bitmap(words);
+        let since = Instant::now();
         shared.hypervisor.clean(shared.domid, shared.nr_pfns, last, take)?;
+        self.cleared_in = since.elapsed();
         let info = before.map_or_else(ask, Ok)?;
         let ballooned = shared.note_tot_pages(info.tot_pages);
         let mut population = shared.population();
@@ -77,9 +83,9 @@ impl XenDirtyLog {
         self.shared.each_lane().iter().try_for_each(|lane| lock(lane).settle(&self.shared))
     }
 
-    fn last_sample(&self, dirty: &mut PageSet) -> Result<(), XenError> {
-        let shared = &self.shared;
+    fn last_sample(&mut self, dirty: &mut PageSet) -> Result<(), XenError> {
         let ballooned = self.clear(true, dirty)?;
+        let shared = &self.shared;
         let always = self.final_mapping == FinalMapping::Always;
         if always && !ballooned {
             shared.begin_epoch();
@@ -121,6 +127,11 @@ impl DirtyLog for XenDirtyLog {
 
     fn get_and_clear_last(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
         Ok(self.last_sample(dirty)?)
+    }
+
+    /// The domain is paused while Xen copies its bitmap, not while windows are settled, which takes seconds when it balloons.
+    fn held_up(&self) -> Option<Duration> {
+        Some(self.cleared_in)
     }
 
     fn peek(&mut self, range: Range<u64>, dirty: &mut PageSet) -> Result<(), GuestError> {

@@ -242,6 +242,23 @@ fn windows_do_not_keep_a_guest_at_its_limit_from_getting_pages_back() {
 }
 
 #[test]
+fn only_the_clearing_counts_as_time_that_the_guest_was_held_up() {
+    let simulated = Simulated::pvh(OLD, 2000);
+    let mut saver = Saver::start(&simulated, XenSettings::default());
+    saver.send(usize::MAX);
+    simulated.set_hook(|_, call| {
+        if call == Call::DomainInfo {
+            std::thread::sleep(std::time::Duration::from_millis(30));
+        }
+    });
+    let began = std::time::Instant::now();
+    saver.sample();
+    let (all, held_up) = (began.elapsed(), saver.log.held_up().unwrap());
+    assert!(held_up + std::time::Duration::from_millis(30) <= all, "{held_up:?} of {all:?}");
+    saver.finish(&simulated);
+}
+
+#[test]
 fn a_page_that_became_one_of_xens_own_is_not_sent() {
     let simulated = Simulated::pvh(OLD, 600);
     let mut saver = Saver::start(&simulated, XenSettings::default());
