@@ -25,7 +25,7 @@ NAME = f"perf/{Path(sys.argv[0]).name}"
 SPIN_ROUNDS = 400_000
 # The share of CPU time that the hypervisor may take away before nothing can be concluded.
 STEAL_LIMIT = 0.02
-# The level of confidence that intervals aim at; with fewer than six pairs it cannot be had, and they say what they reach.
+# What intervals aim to cover; with fewer than six pairs it cannot be had, and they say what they reach.
 CONFIDENCE = 0.95
 
 
@@ -232,7 +232,7 @@ class Noise:
         return found
 
     def _measures(self):
-        """How much longer the slower quarter of the loops took, the share of the cores others used, the share stolen."""
+        """How much longer the slower quarter of the loops took, what others used of the cores, what was stolen."""
         if not self.spins_s:
             return 0.0, 0.0, 0.0
         slow = sorted(self.spins_s)[math.ceil(0.75 * len(self.spins_s)) - 1] / min(self.spins_s) - 1

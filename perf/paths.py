@@ -1,0 +1,235 @@
+"""The ways that `perf/throughput` sends over, and one migration and one iperf3 run over each of them.
+
+A path is two places and an address. A place is the words before a command that make it run there. What is set up here
+is taken down when the `with` ends, however it ends.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import fail, need
+
+PORT = 7391
+PR_SET_THP_DISABLE = 41
+POOL = Path("/proc/sys/vm/nr_hugepages")
+# Pages of 2 MiB for the slots of one lane, 16 of 264 KiB each, with room to spare.
+POOL_PAGES_A_LANE = 8
+PATIENCE_S = 60
+# How `slot_memory` of a report reads for what was asked for.
+BACKINGS = {"as-is": None, "small": "4 KiB pages", "hugetlb": "hugetlb pages"}
+
+
+@dataclass
+class Route:
+    """Where the source is, where the destination is, and how the one calls the other."""
+
+    name: str
+    address: str
+    source: list = field(default_factory=list)
+    destination: list = field(default_factory=list)
+    far: bool = False
+
+
+@contextlib.contextmanager
+def loopback():
+    """Both ends in this machine's own network."""
+    yield Route("loopback", "127.0.0.1")
+
+
+@contextlib.contextmanager
+def veth():
+    """A veth pair between two network namespaces of this run."""
+    ip = need("ip", "iproute2")
+    if os.geteuid() != 0:
+        fail("the path veth needs root, for network namespaces; run it as root or with --paths loopback")
+    here, there = f"pagecast-{os.getpid()}-a", f"pagecast-{os.getpid()}-b"
+    inner = f"pc{os.getpid()}"
+
+    def run(*words):
+        done = subprocess.run([ip, *words], capture_output=True, text=True)
+        if done.returncode != 0:
+            fail(f"ip {' '.join(words)}: {done.stderr.strip()}; network namespaces and veth are needed for this path")
+
+    try:
+        run("netns", "add", here)
+        run("netns", "add", there)
+        run("-n", here, "link", "add", f"{inner}a", "type", "veth", "peer", "name", f"{inner}b", "netns", there)
+        for place, link, address in ((here, f"{inner}a", "10.93.0.1/24"), (there, f"{inner}b", "10.93.0.2/24")):
+            run("-n", place, "address", "add", address, "dev", link)
+            run("-n", place, "link", "set", "lo", "up")
+            run("-n", place, "link", "set", link, "up")
+        inside = [[ip, "netns", "exec", place] for place in (here, there)]
+        yield Route("veth", "10.93.0.2", *inside)
+    finally:
+        for place in (here, there):
+            subprocess.run([ip, "netns", "del", place], capture_output=True)
+
+
+@contextlib.contextmanager
+def remote(host):
+    """To another machine, where `perf/throughput --serve` runs."""
+    yield Route(f"to {host}", host, far=True)
+
+
+# -- page backing -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def pool_of(lanes, backing):
+    """Huge pages in the pool for as long as they are needed, where they are asked for."""
+    if backing != "hugetlb":
+        yield
+        return
+    before = POOL.read_text()
+    try:
+        try:
+            POOL.write_text(str(int(before) + POOL_PAGES_A_LANE * lanes))
+        except OSError as error:
+            fail(f"cannot reserve huge pages: {error.strerror}; run it as root or leave hugetlb out of --backings")
+        yield
+    finally:
+        if POOL.read_text() != before:
+            POOL.write_text(before)
+
+
+def _without_huge_pages():
+    """Runs in the child before the program: it and what it starts get no transparent huge pages."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+
+# -- what is measured over a path -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _running(command, words, **options):
+    """A process that has said `words`, and the line it said them in; ended with the `with`."""
+    errors = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, **options)
+    impatient = threading.Timer(PATIENCE_S, process.kill)
+    impatient.start()
+    try:
+        while words not in (line := process.stdout.readline()):
+            if not line:
+                process.wait()
+                errors.seek(0)
+                said = errors.read().strip().splitlines() or ["nothing"]
+                fail(f"{' '.join(map(str, command))} did not start; it said: {said[-1]}")
+        impatient.cancel()
+        yield process, line
+    finally:
+        impatient.cancel()
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+        errors.close()
+
+
+def migrate(route, program, memory, mode, lanes, backing):
+    """The report of one migration of an idle guest whose pages are full of random bytes; nothing is capped."""
+    options = {"preexec_fn": _without_huge_pages} if backing == "small" else {}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pagecast-throughput-"))
+        stack.enter_context(pool_of(lanes, backing))
+        port = str(PORT)
+        if not route.far:  # any free port: a receiver's guest keeps the last one for a moment
+            receive = [program, "receive", "--die-with-parent", f"--listen={route.address}:0",
+                       f"--socket={folder}/there"]
+            _, line = stack.enter_context(_running([*route.destination, *receive], "listening"))
+            port = line.strip().rpartition(":")[2]
+        guest = [program, "guest", "--die-with-parent", "--workload=idle", "--zero-share=0", f"--memory={memory}",
+                 f"--socket={folder}/here"]
+        stack.enter_context(_running([*route.source, *guest], "guest running"))
+        _wait_until_it_answers(f"{folder}/here")
+        send = [program, "send", "--json", "--policy=xen", f"--send={mode}", f"--lanes={lanes}",
+                f"--socket={folder}/here", f"{route.address}:{port}"]
+        report = _report_of([*route.source, *send], 20 if route.far else 1, options)
+    wanted = BACKINGS[backing]
+    if wanted and report["slot_memory"] != wanted:
+        fail(f"slots were asked for in {wanted} and came in {report['slot_memory']}; see `pagecast probe`")
+    return report
+
+
+def _wait_until_it_answers(path):
+    """The guest says that it runs a moment before it listens."""
+    for _ in range(PATIENCE_S * 100):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+            if asking.connect_ex(path) == 0:
+                return
+        time.sleep(0.01)
+    fail(f"the guest at {path} does not listen")
+
+
+def _report_of(command, attempts, options):
+    """The report of a migration; tried again while the far end is getting ready for the next one."""
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(0.5)
+        done = subprocess.run(command, capture_output=True, text=True, **options)
+        if done.returncode == 0:
+            lines = map(json.loads, done.stdout.splitlines())
+            return next(line for line in lines if line["event"] == "report")
+    said = done.stderr.strip().splitlines() or ["nothing"]
+    fail(f"{' '.join(map(str, command))} failed: {said[-1]}")
+
+
+def iperf3(route, lanes, zero_copy, seconds=2):
+    """Bytes per second and CPU seconds per GB at each end of `lanes` streams of iperf3, the first second left out."""
+    program = need("iperf3", "iperf3")
+    port = str(PORT + 1)
+    with contextlib.ExitStack() as stack:
+        if not route.far:
+            server = [*route.destination, program, "-s", "-1", "--forceflush", "-p", port]
+            stack.enter_context(_running(server, "listening"))
+        client = [*route.source, program, "-c", route.address, "-p", port, "-t", str(seconds), "-O", "1", "-J",
+                  "-P", str(lanes), *(["-Z"] if zero_copy else [])]
+        done = subprocess.run(client, capture_output=True, text=True, timeout=PATIENCE_S)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        answer = {"error": done.stderr.strip() or "it said nothing"}
+    if "error" in answer:
+        fail(f"iperf3 over {route.name}: {answer['error']}")
+    received, used = answer["end"]["sum_received"], answer["end"]["cpu_utilization_percent"]
+    rate = received["bits_per_second"] / 8
+    return {
+        "bytes_per_s": rate,
+        "send_cpu_s_per_gb": used["host_total"] / 100 / rate * 1e9,
+        "receive_cpu_s_per_gb": used["remote_total"] / 100 / rate * 1e9,
+    }
+
+
+def _wait_until_free(listen):
+    """A guest that was received has the port until it has ended."""
+    for _ in range(PATIENCE_S * 10):
+        try:
+            socket.create_server((listen, PORT)).close()
+            return
+        except OSError as error:
+            refused = error.strerror
+            time.sleep(0.1)
+    fail(f"cannot listen on {listen}, port {PORT}: {refused}; give --serve an address of this machine")
+
+
+def serve(program, listen):
+    """Receives one guest after the other and drops it, with an iperf3 beside it, until interrupted."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pagecast-throughput-"))
+        yardstick = [need("iperf3", "iperf3"), "-s", "-B", listen, "-p", str(PORT + 1), "--forceflush"]
+        stack.enter_context(_running(yardstick, "listening"))
+        print(f"receiving on {listen}, ports {PORT} and {PORT + 1}; end with Ctrl-C", flush=True)
+        receive = [program, "receive", "--die-with-parent", f"--listen={listen}:{PORT}", f"--socket={folder}/guest"]
+        while True:
+            _wait_until_free(listen)
+            with _running(receive, "listening") as (process, _):
+                while (line := process.stdout.readline()) and "guest running" not in line:
+                    pass
+                time.sleep(0.2)  # the source is told before the guest is dropped
