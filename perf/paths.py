@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -24,6 +25,8 @@ POOL = Path("/proc/sys/vm/nr_hugepages")
 # Pages of 2 MiB for the slots of one lane, 16 of 264 KiB each, with room to spare.
 POOL_PAGES_A_LANE = 8
 PATIENCE_S = 60
+# Programs that run another one and write down what it did when it ends.
+WRAPPERS = ["perf", "strace"]
 # How `slot_memory` of a report reads for what was asked for.
 BACKINGS = {"as-is": None, "small": "4 KiB pages", "hugetlb": "hugetlb pages"}
 
@@ -109,6 +112,25 @@ def _without_huge_pages():
 # -- what is measured over a path -------------------------------------------------------------------------------------
 
 
+def _end(process):
+    """Ends a process; of one that has another one run for it, such as perf stat, the other, so that it can finish."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    inner = []
+    if Path(process.args[0]).name in WRAPPERS:
+        with contextlib.suppress(OSError):
+            inner = [int(word) for word in children.read_text().split()]
+    for pid in inner:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    if not inner:
+        process.terminate()
+    try:
+        process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 @contextlib.contextmanager
 def _running(command, words, **options):
     """A process that has said `words`, and the line it said them in; ended with the `with`."""
@@ -127,14 +149,17 @@ def _running(command, words, **options):
         yield process, line
     finally:
         impatient.cancel()
-        process.terminate()
-        process.wait()
+        _end(process)
         process.stdout.close()
         errors.close()
 
 
-def migrate(route, program, memory, mode, lanes, backing):
-    """The report of one migration of an idle guest whose pages are full of random bytes; nothing is capped."""
+def migrate(route, program, memory, mode, lanes, backing, before=None):
+    """The report of one migration of an idle guest whose pages are full of random bytes; nothing is capped.
+
+    `before` has words to put before the commands that are the source's and the destination's migrator.
+    """
+    before = before or {"source": [], "destination": []}
     options = {"preexec_fn": _without_huge_pages} if backing == "small" else {}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pagecast-throughput-"))
@@ -143,7 +168,8 @@ def migrate(route, program, memory, mode, lanes, backing):
         if not route.far:  # any free port: a receiver's guest keeps the last one for a moment
             receive = [program, "receive", "--die-with-parent", f"--listen={route.address}:0",
                        f"--socket={folder}/there"]
-            _, line = stack.enter_context(_running([*route.destination, *receive], "listening"))
+            receive = [*route.destination, *before["destination"], *receive]
+            _, line = stack.enter_context(_running(receive, "listening"))
             port = line.strip().rpartition(":")[2]
         guest = [program, "guest", "--die-with-parent", "--workload=idle", "--zero-share=0", f"--memory={memory}",
                  f"--socket={folder}/here"]
@@ -151,7 +177,7 @@ def migrate(route, program, memory, mode, lanes, backing):
         _wait_until_it_answers(f"{folder}/here")
         send = [program, "send", "--json", "--policy=xen", f"--send={mode}", f"--lanes={lanes}",
                 f"--socket={folder}/here", f"{route.address}:{port}"]
-        report = _report_of([*route.source, *send], 20 if route.far else 1, options)
+        report = _report_of([*route.source, *before["source"], *send], 20 if route.far else 1, options)
     wanted = BACKINGS[backing]
     if wanted and report["slot_memory"] != wanted:
         fail(f"slots were asked for in {wanted} and came in {report['slot_memory']}; see `pagecast probe`")
