@@ -8,18 +8,21 @@ import contextlib
 import ctypes
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import fail, need
+from common import ROOT, fail, need
 
 PORT = 7391
+SINK_ADDRESS = "10.94.0.2"
 PR_SET_THP_DISABLE = 41
 POOL = Path("/proc/sys/vm/nr_hugepages")
 # Pages of 2 MiB for the slots of one lane, 16 of 264 KiB each, with room to spare.
@@ -40,6 +43,8 @@ class Route:
     source: list = field(default_factory=list)
     destination: list = field(default_factory=list)
     far: bool = False
+    # What takes the receiver's place, where one does; then there is one connection and no iperf3.
+    stand_in: list = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -48,33 +53,77 @@ def loopback():
     yield Route("loopback", "127.0.0.1")
 
 
+def _set_up(*command):
+    """One step of setting a path up; gives what it says."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        fail(f"{' '.join(command)} said: {said[-1]}; leave this path out with --paths loopback")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def _namespaces(purpose):
+    """Two network namespaces with a veth pair between them, as (name, link, words to run something there)."""
+    ip = need("ip", "iproute2")
+    if os.geteuid() != 0:
+        fail(f"the path {purpose} needs root, for network namespaces; run it as root or with --paths loopback")
+    names = [f"pagecast-{purpose}-{os.getpid()}-{end}" for end in "ab"]
+    links = [f"pc{purpose[0]}{os.getpid()}{end}" for end in "ab"]
+    try:
+        for name in names:
+            _set_up(ip, "netns", "add", name)
+        _set_up(ip, "-n", names[0], "link", "add", links[0], "type", "veth", "peer", "name", links[1],
+                "netns", names[1])
+        for name, link in zip(names, links):
+            _set_up(ip, "-n", name, "link", "set", "lo", "up")
+            _set_up(ip, "-n", name, "link", "set", link, "up")
+        yield [(name, link, [ip, "netns", "exec", name]) for name, link in zip(names, links)]
+    finally:
+        for name in names:
+            subprocess.run([ip, "netns", "del", name], capture_output=True)
+
+
 @contextlib.contextmanager
 def veth():
     """A veth pair between two network namespaces of this run."""
-    ip = need("ip", "iproute2")
-    if os.geteuid() != 0:
-        fail("the path veth needs root, for network namespaces; run it as root or with --paths loopback")
-    here, there = f"pagecast-{os.getpid()}-a", f"pagecast-{os.getpid()}-b"
-    inner = f"pc{os.getpid()}"
+    with _namespaces("veth") as ends:
+        for number, (name, link, _) in enumerate(ends, 1):
+            _set_up("ip", "-n", name, "address", "add", f"10.93.0.{number}/24", "dev", link)
+        yield Route("veth", "10.93.0.2", ends[0][2], ends[1][2])
 
-    def run(*words):
-        done = subprocess.run([ip, *words], capture_output=True, text=True)
-        if done.returncode != 0:
-            fail(f"ip {' '.join(words)}: {done.stderr.strip()}; network namespaces and veth are needed for this path")
 
-    try:
-        run("netns", "add", here)
-        run("netns", "add", there)
-        run("-n", here, "link", "add", f"{inner}a", "type", "veth", "peer", "name", f"{inner}b", "netns", there)
-        for place, link, address in ((here, f"{inner}a", "10.93.0.1/24"), (there, f"{inner}b", "10.93.0.2/24")):
-            run("-n", place, "address", "add", address, "dev", link)
-            run("-n", place, "link", "set", "lo", "up")
-            run("-n", place, "link", "set", link, "up")
-        inside = [[ip, "netns", "exec", place] for place in (here, there)]
-        yield Route("veth", "10.93.0.2", *inside)
-    finally:
-        for place in (here, there):
-            subprocess.run([ip, "netns", "del", place], capture_output=True)
+@contextlib.contextmanager
+def sink():
+    """A TCP peer that exists nowhere: data is swallowed where a veth would send it, and acknowledged from outside.
+
+    The only way inside one machine on which the kernel really sends zero-copy over TCP: data never come to the veth's
+    transmit function, and so never to a receiver, for whom they would be copied.
+    """
+    clang, bpftool = need("clang", "clang"), need("bpftool", "bpftool")
+    if not Path("/usr/include/bpf/bpf_helpers.h").exists():
+        fail("bpf/bpf_helpers.h is missing; install it (Debian: apt-get install libbpf-dev)")
+    need("tc", "iproute2")
+    with contextlib.ExitStack() as stack:
+        (here, link, at_here), (_, far_link, at_there) = stack.enter_context(_namespaces("sink"))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pagecast-sink-"))
+        program, pins = f"{folder}/sink.o", f"{folder}/pins"
+        _set_up(clang, "-O2", "-g", "-target", "bpf", f"-I/usr/include/{platform.machine()}-linux-gnu",
+                f"-DSINK_PORT={PORT}", "-c", str(ROOT / "perf/sink.bpf.c"), "-o", program)
+        os.mkdir(pins)
+        _set_up("mount", "-t", "bpf", "bpf", pins)
+        stack.callback(subprocess.run, ["umount", pins], check=False)
+        _set_up(bpftool, "prog", "load", program, f"{pins}/sink", "type", "classifier", "pinmaps", f"{pins}/maps")
+        _set_up("ip", "-n", here, "address", "add", "10.94.0.1/24", "dev", link)
+        _set_up("ip", "-n", here, "neigh", "add", SINK_ADDRESS, "lladdr", "02:00:00:00:00:77", "dev", link)
+        # The header of a data segment is then 54 bytes, always.
+        _set_up(*at_here, "sysctl", "-q", "net.ipv4.tcp_timestamps=0", "net.ipv4.tcp_sack=0")
+        _set_up(*at_here, "tc", "qdisc", "add", "dev", link, "clsact")
+        _set_up(*at_here, "tc", "filter", "add", "dev", link, "egress", "bpf", "da", "object-pinned", f"{pins}/sink")
+        mac = json.loads(_set_up("ip", "-n", here, "-j", "link", "show", link))[0]["address"]
+        stand_in = [*at_there, sys.executable, str(ROOT / "perf/sink.py"), f"{pins}/maps/state", far_link, mac,
+                    SINK_ADDRESS, str(PORT)]
+        yield Route("sink", SINK_ADDRESS, at_here, at_there, stand_in=stand_in)
 
 
 @contextlib.contextmanager
@@ -168,7 +217,7 @@ def migrate(route, program, memory, mode, lanes, backing, before=None):
         if not route.far:  # any free port: a receiver's guest keeps the last one for a moment
             receive = [program, "receive", "--die-with-parent", f"--listen={route.address}:0",
                        f"--socket={folder}/there"]
-            receive = [*route.destination, *before["destination"], *receive]
+            receive = route.stand_in or [*route.destination, *before["destination"], *receive]
             _, line = stack.enter_context(_running(receive, "listening"))
             port = line.strip().rpartition(":")[2]
         guest = [program, "guest", "--die-with-parent", "--workload=idle", "--zero-share=0", f"--memory={memory}",
