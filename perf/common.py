@@ -59,9 +59,21 @@ def build(target=ROOT / "target", flags=None):
     return Path(target) / "release/pagecast"
 
 
+def program_at(path):
+    """A program that the caller named, or else pagecast, built from this tree."""
+    if path is None:
+        return build()
+    if not os.access(path, os.X_OK) or Path(path).is_dir():
+        fail(f"{path} is no program; build it there first (cargo build --release)")
+    return Path(path).absolute()
+
+
 def report_of(command):
     """Runs a command that migrates with --json and gives its report."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    try:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    except OSError as error:
+        fail(f"cannot run {command[0]}: {error.strerror}")
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
         fail(f"{' '.join(map(str, command))} ended with {done.returncode}: {lines[-1]}")
