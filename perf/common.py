@@ -96,6 +96,7 @@ def _word(path, otherwise):
 
 
 def _cpuinfo(key):
+    """What /proc/cpuinfo says of the first core."""
     lines = (line.partition(":") for line in _word("/proc/cpuinfo", "").splitlines())
     return next((value.strip() for name, _, value in lines if name.strip() == key), "unknown")
 
@@ -106,6 +107,7 @@ def _chosen(path):
 
 
 def _meminfo(key):
+    """A figure of /proc/meminfo: KiB, or pages for the pool."""
     lines = (line.split() for line in _word("/proc/meminfo", "").splitlines())
     return next((int(words[1]) for words in lines if words[0] == f"{key}:"), 0)
 
@@ -206,6 +208,7 @@ class Noise:
         self._time()
 
     def _time(self):
+        """One look at how fast the machine is and what else goes on."""
         before = _processor_ticks()
         times = [_spin() for _ in range(3)]  # three: the ticks of /proc/stat are 10 ms
         after = _processor_ticks()

@@ -161,23 +161,44 @@ def _without_huge_pages():
 # -- what is measured over a path -------------------------------------------------------------------------------------
 
 
-def _end(process):
-    """Ends a process; of one that has another one run for it, such as perf stat, the other, so that it can finish."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    inner = []
-    if Path(process.args[0]).name in WRAPPERS:
+def _children(pid):
+    """The processes that a process has started and that still run."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
-            inner = [int(word) for word in children.read_text().split()]
-    for pid in inner:
+            found += map(int, path.read_text().split())
+    return found
+
+
+def _is_gone(pid):
+    """Whether a process has ended, and given its memory back."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def _end(process):
+    """Ends a process; of one that has another one run for it, such as perf stat, the other, so that it can finish.
+
+    Returns when what they had started is gone too: a received guest's memory takes time to be given back, and that
+    would look like somebody else's work.
+    """
+    wrapped = _children(process.pid) if Path(process.args[0]).name in WRAPPERS else []
+    started = [child for pid in [process.pid, *wrapped] for child in _children(pid)]
+    for pid in wrapped:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-    if not inner:
+    if not wrapped:
         process.terminate()
     try:
         process.wait(PATIENCE_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    until = time.monotonic() + PATIENCE_S
+    while not all(map(_is_gone, started)) and time.monotonic() < until:
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager

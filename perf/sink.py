@@ -78,6 +78,7 @@ class Peer:
 
 
 def main():
+    """Acknowledges and answers until it is ended."""
     path, link, mac, address, port = sys.argv[1:]
     memory = shared_memory(path)
     peer = Peer(link, bytes.fromhex(mac.replace(":", "")), address, int(port))
