@@ -6,13 +6,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, FilledSlot};
+use super::cadence::Cadence;
 use super::clock::Clock;
 use super::mapper::{self, MapMode, Mapper, MapperReport};
 use super::openings::Openings;
 use super::outcome::{MigrationError, Phase};
 use super::outlet::Outlet;
 use super::ring::{Consumer, Producer, ring};
-use super::scanner::{self, Cadence, Event, Order, Scanner, ScannerReport};
+use super::scanner::{self, Event, Order, Scanner, ScannerReport};
 use super::sender::{SendError, Sender, SenderReport, SenderSetup};
 use super::settings::{SendMode, Settings};
 use super::shared::Shared;

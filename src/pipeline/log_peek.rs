@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use super::cadence::Cadence;
 use super::clock::Clock;
-use super::scanner::Cadence;
 use crate::forecast::Peek;
 use crate::guest::{DirtyLog, GuestError};
 use crate::page::Pfn;

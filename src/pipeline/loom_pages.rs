@@ -179,10 +179,9 @@ struct SenderEnds {
     _free: Producer<Slot>,
 }
 
-/// A mapper of lane `lane`, and where what it has filled comes out. It has slots for as many batches as there can be.
+/// A mapper of the only lane, and where what it has filled comes out. It has slots for as many batches as there can be.
 fn mapper(
     machine: &Arc<Machine>,
-    lane: usize,
     slots: usize,
     batches: Consumer<Batch>,
     shared: &StdArc<Shared>,
@@ -194,10 +193,23 @@ fn mapper(
     let (filled, filled_out) = ring(slots);
     let (zero_notes, _) = ring(1);
     let links = Links { batches, free, filled, zero_notes };
-    let way = Way { lane, mode: MapMode::Stage, wire: Wire::Standard };
+    let way = Way { lane: 0, mode: MapMode::Stage, wire: Wire::Standard };
     let source = Box::new(Pages(machine.clone()));
     let mapper = Mapper::new(source, way, links, shared.clone(), NR_PAGES);
     (mapper, SenderEnds { filled: filled_out, _free: free_in })
+}
+
+/// The stages of one lane over a guest whose pages hold `versions`, with room for so many batches and as many slots.
+fn one_lane(
+    versions: [usize; 2],
+    room: usize,
+) -> (Arc<Machine>, StdArc<Shared>, Scanner, Mapper, SenderEnds) {
+    let machine = Machine::new(versions);
+    let shared = StdArc::new(Shared::new(1, false));
+    let (to_lane, batches) = ring(room);
+    let (mapper, ends) = mapper(&machine, room, batches, &shared);
+    let scanner = Scanner::new(&machine, vec![to_lane], &shared);
+    (machine, shared, scanner, mapper, ends)
 }
 
 /// What the destination holds of each page after the records have been applied in their order.
@@ -208,18 +220,8 @@ fn received(records: &[u8], into: &mut [usize; 2]) {
     while let Ok(record) = reader.next_record() {
         match record {
             crate::stream::Record::PageData => {
-                let entries = reader.entries().to_vec();
-                let mut data = vec![0; entries.len() * PAGE_SIZE];
-                let mut rest = &mut data[..];
-                reader
-                    .read_pages(&mut |_, pages| {
-                        let (run, behind) = std::mem::take(&mut rest).split_at_mut(pages * PAGE_SIZE);
-                        rest = behind;
-                        run
-                    })
-                    .unwrap();
-                for (entry, page) in entries.iter().zip(data.chunks(PAGE_SIZE)) {
-                    into[entry.pfn.chunk()] = usize::from(page[0]);
+                for (entry, page) in reader.read_copies() {
+                    into[entry.pfn.chunk()] = page.map_or(NOT_THERE, |page| usize::from(page[0]));
                 }
             }
             crate::stream::Record::End => break,
@@ -245,17 +247,13 @@ fn apply(mut ends: SenderEnds, mut each: impl FnMut(&[u8])) {
 #[test]
 fn loom_pages_a_write_at_any_time_reaches_the_destination() {
     loom::model(|| {
-        let machine = Machine::new([FRESH; 2]);
-        let shared = StdArc::new(Shared::new(1, false));
-        let (to_lane, batches) = ring(4);
-        let (mapper, ends) = mapper(&machine, 0, 4, batches, &shared);
+        let (machine, _, mut scanner, mapper, ends) = one_lane([FRESH; 2], 4);
         let of_guest = machine.clone();
         let guest = thread::spawn(move || {
             of_guest.write(0, 2);
             of_guest.write(1, 3);
         });
         let mapping = thread::spawn(move || drop(mapper.run()));
-        let mut scanner = Scanner::new(&machine, vec![to_lane], &shared);
         scanner.hand_out();
         scanner.sample();
         scanner.hand_out();
@@ -273,14 +271,10 @@ fn loom_pages_a_write_at_any_time_reaches_the_destination() {
 #[test]
 fn loom_pages_a_page_that_was_not_there_is_looked_for_again() {
     loom::model(|| {
-        let machine = Machine::new([NOT_THERE, FRESH]);
-        let shared = StdArc::new(Shared::new(1, false));
-        let (to_lane, batches) = ring(4);
-        let (mapper, ends) = mapper(&machine, 0, 4, batches, &shared);
+        let (machine, _, mut scanner, mapper, ends) = one_lane([NOT_THERE, FRESH], 4);
         let of_guest = machine.clone();
         let guest = thread::spawn(move || of_guest.versions[0].store(4, Ordering::Relaxed));
         let mapping = thread::spawn(move || drop(mapper.run()));
-        let mut scanner = Scanner::new(&machine, vec![to_lane], &shared);
         scanner.hand_out();
         guest.join().unwrap();
         scanner.finish();
@@ -341,15 +335,11 @@ fn loom_pages_an_older_copy_never_overtakes_a_newer_one() {
 #[test]
 fn loom_pages_an_abort_ends_every_stage_wherever_it_is() {
     loom::model(|| {
-        let machine = Machine::new([FRESH; 2]);
-        let shared = StdArc::new(Shared::new(1, false));
-        let (to_lane, batches) = ring(1);
         // One slot, which nobody gives back.
-        let (mapper, ends) = mapper(&machine, 0, 1, batches, &shared);
+        let (_, shared, mut scanner, mapper, ends) = one_lane([FRESH; 2], 1);
         let aborting = shared.clone();
         let control = thread::spawn(move || aborting.abort());
         let mapping = thread::spawn(move || drop(mapper.run()));
-        let mut scanner = Scanner::new(&machine, vec![to_lane], &shared);
         scanner.hand_out();
         let all_dealt = scanner.deal_last();
         drop(scanner);

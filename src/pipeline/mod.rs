@@ -11,7 +11,7 @@
 //! * [`ring`], [`slots`]: the lock-free core, model-checked with loom.
 //! * [`scanner`], [`mapper`], [`sender`]: the stages, each a thread that owns what it works on; [`writer`]: the sender of a
 //!   pipe or a file.
-//! * `link_rate`, `log_peek`: what the scanner knows of the link, and how policies look into the log.
+//! * [`cadence`], [`clock`]: when the log is looked at; `link_rate`, `log_peek`: what the scanner knows of the link, and how policies look into the log.
 //! * [`dealer`], [`openings`]: how pages get from the scanner into batches of the right lane.
 //! * [`lanes`]: the threads, started and joined; [`live`]: a migration from the first page to the last.
 //! * [`control`]: to another pagecast, from the first connection to the hand-over; [`save`]: into a stream that somebody
@@ -22,6 +22,7 @@
 //! of a page allocates once the migration has begun.
 
 pub mod batch;
+pub mod cadence;
 pub mod clock;
 pub mod control;
 pub mod dealer;

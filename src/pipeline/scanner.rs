@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::Duration;
 
 use super::batch::{BATCH_PAGES, Batch};
+use super::cadence::Cadence;
 use super::clock::Clock;
 use super::dealer::{Dealer, Obstacle};
 use super::link_rate::LinkRate;
@@ -31,10 +32,6 @@ const WINDOW: Duration = Duration::from_millis(20);
 /// the time that counts, a pipeline that takes longer than that from end to end would be measured slower than it is, be given
 /// less, and be measured slower still. (Seen on emulated hosts: a third of what the link carries, in batches of 16 pages.)
 const LEAST_WINDOW: f64 = 256.0;
-
-/// The longest time between two looks at the log on account of what they take. One of them may be held up for seconds by
-/// something else, and migration would stand still for minutes.
-const LONGEST_REST: Duration = Duration::from_secs(5);
 
 /// Bytes on the wire for a page with data: itself, its entry, and its share of the record's header.
 pub const WIRE_BYTES_PER_PAGE: f64 = PAGE_SIZE as f64 + 8.0 + 16.0 / BATCH_PAGES as f64;
@@ -79,44 +76,6 @@ pub struct ScannerReport {
     pub pages_per_s: f64,
 }
 
-/// How the scanner is to work.
-#[derive(Clone, Copy)]
-pub struct Cadence {
-    /// There is a pre-copy; else the scanner waits for the order to send everything.
-    pub live: bool,
-    /// Time between two samples.
-    pub sample_interval: Duration,
-    /// The share of the time that looks at the log may take: the time between two grows to keep to it, and a policy that
-    /// has no use for samples between its rounds gets none.
-    pub share: Option<f64>,
-    /// The cap on what is sent, in bytes per second.
-    pub bandwidth: Option<u64>,
-}
-
-impl Cadence {
-    /// The least time between two looks at the log that take `took` each.
-    pub(super) fn rest(&self, took: Duration) -> Duration {
-        self.share.map_or(Duration::ZERO, |share| took.div_f64(share.max(1e-6)).min(LONGEST_REST))
-    }
-
-    /// When the next sample is due after one at `at` that took `took`. Half of the share is kept for samples that are taken
-    /// early.
-    fn next_sample(&self, at: Duration, took: Duration, engine: &Engine) -> Duration {
-        if self.share.is_some() && engine.samples_by_round() {
-            return Duration::MAX;
-        }
-        at + self.sample_interval.max(2 * self.rest(took))
-    }
-
-    /// Whether a sample may be taken before it is due, because all that is known to be dirty has been sent: the next one is
-    /// then all that the end of pre-copy waits for. `samples` were taken so far, in `sampling`.
-    fn may_be_early(&self, since_last: Duration, now: Duration, samples: u64, sampling: Duration) -> bool {
-        let Some(share) = self.share else { return false };
-        let another = sampling / samples.max(1) as u32;
-        since_last >= self.sample_interval && sampling + another <= now.mul_f64(share)
-    }
-}
-
 /// What joins the scanner to the other threads.
 pub struct Links {
     /// To each lane's mapper.
@@ -151,6 +110,8 @@ pub struct Scanner {
     next_sample: Duration,
     peeks: Peeks,
     last_sample: Duration,
+    /// For how long the last sample held the guest up.
+    took_last: Duration,
     samples: u64,
     sampling: Duration,
     most_deferred: u64,
@@ -218,6 +179,7 @@ impl Scanner {
             next_sample,
             peeks: Peeks::default(),
             last_sample: Duration::ZERO,
+            took_last: Duration::MAX,
             samples: 0,
             sampling: Duration::ZERO,
             most_deferred: 0,
@@ -372,7 +334,9 @@ impl Scanner {
         self.rate.sample(self.shared.data_pages_sent(), self.shared.entries_sent(), interval);
         self.publish(interval);
         self.last_sample = at;
-        self.next_sample = self.cadence.next_sample(at, took, &self.engine);
+        // One that something else held up is no reason to wait long for the next.
+        let usual = took.min(std::mem::replace(&mut self.took_last, took));
+        self.next_sample = self.cadence.next_sample(at, usual, &self.engine);
         self.peeks.forget();
         Ok(())
     }
@@ -474,13 +438,7 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_waits_for_room_in_a_ring_goes_on_as_soon_as_there_is_some() {
-        // A page in each of 600 chunks, all of which have to be opened: a batch for each page, and room for two.
-        let mut populated = PageSet::empty(600 * 512);
-        for chunk in 0..600 {
-            populated.insert(Pfn(chunk * 512));
-        }
+    fn engine(policy: crate::forecast::PolicyKind, populated: PageSet) -> Engine {
         let config = crate::forecast::Config {
             nr_pages: populated.nr_pages(),
             pages: populated.len(),
@@ -490,7 +448,17 @@ mod tests {
             fixed_downtime: Duration::ZERO,
             on_no_convergence: crate::forecast::OnNoConvergence::Stop,
         };
-        let engine = Engine::sparse(crate::forecast::PolicyKind::Xen, config, populated.clone());
+        Engine::sparse(policy, config, populated)
+    }
+
+    #[test]
+    fn what_waits_for_room_in_a_ring_goes_on_as_soon_as_there_is_some() {
+        // A page in each of 600 chunks, all of which have to be opened: a batch for each page, and room for two.
+        let mut populated = PageSet::empty(600 * 512);
+        for chunk in 0..600 {
+            populated.insert(Pfn(chunk * 512));
+        }
+        let engine = engine(crate::forecast::PolicyKind::Xen, populated.clone());
         let (to_lane, mut lane) = crate::pipeline::ring::ring(2);
         let (order, orders) = std::sync::mpsc::channel();
         let (events, _seen) = std::sync::mpsc::channel();
@@ -520,23 +488,43 @@ mod tests {
         scanning.join().unwrap();
     }
 
-    #[test]
-    fn samples_keep_to_their_share_of_the_time_and_some_of_it_is_left_for_the_end() {
-        let ms = Duration::from_millis;
-        let cadence = Cadence { live: true, sample_interval: ms(50), share: Some(0.02), bandwidth: None };
-        assert!(!cadence.may_be_early(ms(400), ms(400), 0, ms(10)), "more than the share is spent");
-        // One sample of 10 ms a second leaves half of the share.
-        assert!(cadence.may_be_early(ms(500), ms(10_000), 10, ms(100)));
-        assert!(!cadence.may_be_early(ms(40), ms(10_000), 10, ms(100)), "sooner than any sample");
-        let (mut now, mut samples, mut sampling) = (ms(10_000), 10, ms(100));
-        while cadence.may_be_early(ms(50), now, samples, sampling) {
-            (now, samples, sampling) = (now + ms(50), samples + 1, sampling + ms(10));
+    /// A log that holds the guest up for so long, one time after the other.
+    struct Slow(Vec<Duration>, Duration);
+
+    impl DirtyLog for Slow {
+        fn get_and_clear(&mut self, _: &mut PageSet) -> Result<(), GuestError> {
+            self.1 = self.0.remove(0);
+            Ok(())
         }
-        assert_eq!(samples, 21, "another eleven, since time goes on");
-        assert!(sampling <= now.mul_f64(0.02));
-        assert_eq!(cadence.rest(ms(10)), ms(500));
-        assert_eq!(cadence.rest(ms(3000)), LONGEST_REST, "a look that something else held up");
-        let free = Cadence { share: None, ..cadence };
-        assert!(!free.may_be_early(ms(500), ms(10_000), 10, ms(100)), "where it costs nothing none is early");
+
+        fn peek(&mut self, _: std::ops::Range<u64>, _: &mut PageSet) -> Result<(), GuestError> {
+            Ok(())
+        }
+
+        fn held_up(&self) -> Option<Duration> {
+            Some(self.1)
+        }
+    }
+
+    #[test]
+    fn one_slow_sample_does_not_put_the_next_off_but_slow_ones_do() {
+        let ms = Duration::from_millis;
+        let log = Slow(vec![ms(10), ms(3000), ms(10), ms(40), ms(50)], Duration::ZERO);
+        let (to_lane, _lane) = crate::pipeline::ring::ring(2);
+        let (_order, orders) = std::sync::mpsc::channel();
+        let (events, _seen) = std::sync::mpsc::channel();
+        let links = Links { lanes: vec![to_lane], zero_notes: Vec::new(), pipe: None, orders, events };
+        let cadence = Cadence { live: true, sample_interval: ms(50), share: Some(0.02), bandwidth: None };
+        let clock = Clock::Simulated(Arc::default());
+        let engine = engine(crate::forecast::PolicyKind::Ar, PageSet::full(512));
+        let shared = Arc::new(Shared::new(1, false));
+        let mut scanner = Scanner::new(Box::new(log), engine, None, links, shared, cadence, clock);
+        let next: Vec<Duration> = (0..5)
+            .map(|_| {
+                scanner.sample(false).unwrap();
+                scanner.next_sample
+            })
+            .collect();
+        assert_eq!(next, [ms(1000), ms(1000), ms(1000), ms(1000), ms(4000)]);
     }
 }

@@ -158,6 +158,23 @@ impl<R: Read> StreamReader<R> {
         self.take_pages(|reader| reader.fill_pages(place))
     }
 
+    /// The entries of the PAGE_DATA record just returned, each with its data if it carries any.
+    #[cfg(test)]
+    pub fn read_copies(&mut self) -> Vec<(PageEntry, Option<Vec<u8>>)> {
+        let entries = self.entries.clone();
+        let mut data = vec![0; self.data_pages * PAGE_SIZE];
+        let mut rest = &mut data[..];
+        let run = &mut |_, pages| {
+            let (run, behind) = std::mem::take(&mut rest).split_at_mut(pages * PAGE_SIZE);
+            rest = behind;
+            run
+        };
+        self.read_pages(run).unwrap();
+        let mut pages = data.chunks(PAGE_SIZE).map(<[u8]>::to_vec);
+        let with_data = |entry: PageEntry| (entry, entry.kind.carries_data().then(|| pages.next().unwrap()));
+        entries.into_iter().map(with_data).collect()
+    }
+
     /// Reads the data of the PAGE_DATA record just returned and drops them.
     pub fn skip_pages(&mut self) -> Result<(), StreamError> {
         self.take_pages(|reader| reader.source.skip((reader.data_pages * PAGE_SIZE) as u64))

@@ -28,6 +28,14 @@ pub struct XenDirtyLog {
     cleared_in: Duration,
 }
 
+/// What clearing the log came to.
+struct Cleared {
+    /// The guest gave up or got pages since the last sample.
+    ballooned: bool,
+    /// What Xen took for it, with the guest paused.
+    took: Duration,
+}
+
 impl XenDirtyLog {
     pub(super) fn new(
         shared: Arc<Shared>,
@@ -42,16 +50,14 @@ impl XenDirtyLog {
         Ok(self.shared.hypervisor.dirty_count(self.shared.domid, self.shared.nr_pfns)?)
     }
 
-    /// Clears the log into `dirty`. Whether the guest gave up or got pages since the last sample; if so, a new epoch has
-    /// begun.
+    /// Clears the log into `dirty`. If the guest gave up or got pages since the last sample, a new epoch has begun.
     ///
     /// When to ask how many pages the guest has depends on the release. If a page that came is in the log, it is asked after
     /// the clearing, so that no page that the clearing calls dirty is read through a window from before it came. If not,
     /// it is asked before: what came by then is logged from the clearing on, and can be compared from then on. In either
     /// case the epoch begins after the clearing.
-    fn clear(&mut self, last: bool, dirty: &mut PageSet) -> Result<bool, XenError> {
-        let shared = self.shared.clone();
-        let shared = shared.as_ref();
+    fn clear(&self, last: bool, dirty: &mut PageSet) -> Result<Cleared, XenError> {
+        let shared = &self.shared;
         shared.check()?;
         shared.population().begin_sample();
         let ask = || shared.hypervisor.domain_info(shared.domid);
@@ -59,7 +65,7 @@ impl XenDirtyLog {
         let take = &mut |words: &[u64]| dirty.insert_bitmap(words);
         let since = Instant::now();
         shared.hypervisor.clean(shared.domid, shared.nr_pfns, last, take)?;
-        self.cleared_in = since.elapsed();
+        let took = since.elapsed();
         let info = before.map_or_else(ask, Ok)?;
         let ballooned = shared.note_tot_pages(info.tot_pages);
         let mut population = shared.population();
@@ -75,7 +81,7 @@ impl XenDirtyLog {
             self.settle()?;
         }
         shared.population().take_unlogged(dirty);
-        Ok(ballooned)
+        Ok(Cleared { ballooned, took })
     }
 
     /// Has no lane hold frames that the guest may have given up.
@@ -84,7 +90,8 @@ impl XenDirtyLog {
     }
 
     fn last_sample(&mut self, dirty: &mut PageSet) -> Result<(), XenError> {
-        let ballooned = self.clear(true, dirty)?;
+        let Cleared { ballooned, took } = self.clear(true, dirty)?;
+        self.cleared_in = took;
         let shared = &self.shared;
         let always = self.final_mapping == FinalMapping::Always;
         if always && !ballooned {
@@ -121,7 +128,7 @@ impl XenDirtyLog {
 
 impl DirtyLog for XenDirtyLog {
     fn get_and_clear(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
-        self.clear(false, dirty)?;
+        self.cleared_in = self.clear(false, dirty)?.took;
         Ok(())
     }
 

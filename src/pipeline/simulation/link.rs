@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::guest::arena::rng::Rng;
-use crate::page::PAGE_SIZE;
 use crate::pipeline::batch::FilledSlot;
 use crate::pipeline::lanes::Wire;
 use crate::pipeline::ring::{Consumer, PopError, Producer};
@@ -88,21 +87,9 @@ pub fn apply(records: &[u8], wire: Wire, nr_pages: u64) -> Vec<Option<u64>> {
             Record::End => return held,
             _ => continue,
         }
-        let entries = reader.entries().to_vec();
-        let mut data = vec![0; entries.iter().filter(|entry| entry.kind.carries_data()).count() * PAGE_SIZE];
-        let mut rest = &mut data[..];
-        reader
-            .read_pages(&mut |_, pages| {
-                let (run, behind) = std::mem::take(&mut rest).split_at_mut(pages * PAGE_SIZE);
-                rest = behind;
-                run
-            })
-            .unwrap();
-        let mut pages = data.chunks(PAGE_SIZE);
-        for entry in entries {
+        for (entry, page) in reader.read_copies() {
             let place = &mut held[entry.pfn.index()];
-            if entry.kind.carries_data() {
-                let page = pages.next().unwrap();
+            if let Some(page) = page {
                 *place = Some(u64::from_le_bytes(page[..8].try_into().unwrap()));
             } else if entry.kind == PageKind::Alloc {
                 // To a stock receiver a page that is there already stays as it is.

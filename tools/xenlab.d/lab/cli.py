@@ -213,9 +213,7 @@ def get_file(lab, options):
 
 def create_guest(lab, options):
     """`create`"""
-    for host in lab.hosts():
-        guest.destroy(host)
-    report = guest.create(lab.host(options.host), settings_of(options))
+    report = guest.create_anew(lab.hosts(), lab.host(options.host), settings_of(options))
     print(" ".join(f"{name}={value}" for name, value in report.items()))
 
 

@@ -69,9 +69,7 @@ class Turns:
     def begin(self, settings):
         """A fresh guest on the first host."""
         self.settings = settings
-        for host in self.hosts:
-            guest.destroy(host)
-        guest.create(self.hosts[0], settings)
+        guest.create_anew(self.hosts, self.hosts[0], settings)
         self.on_first = True
 
     def round(self, run, traced):

@@ -9,7 +9,7 @@ import time
 
 from . import guest, jobs, migration
 from .errors import LabError
-from .migration import PORT, Helper
+from .migration import Helper
 from .tables import table
 from .trials import HELPER, Standing, check_helper, install
 
@@ -100,9 +100,7 @@ def fault_test(lab, options, settings, environment):
     rows = []
     with Standing(lab, options.keep) as hosts:
         helper = Helper(install(hosts, options.helper), environment)
-        for host in hosts:
-            guest.destroy(host)
-        guest.create(hosts[0], settings)
+        guest.create_anew(hosts, hosts[0], settings)
         source, destination = hosts
         try:
             for name in options.faults:
@@ -124,7 +122,7 @@ def strike(source, destination, fault, environment):
     """One migration that something happens to; the row of the table, but for the migration after it."""
     before = guest.read(source).last()
     jobs.must(destination, f"rm -f {guest.CONSOLE}", SHORT_LIMIT_S)
-    receiver = jobs.Job(destination, f"exec socat -b 1048576 TCP-LISTEN:{PORT},reuseaddr EXEC:'xl migrate-receive'")
+    receiver = migration.start_receiver(destination)
     sender = jobs.Job(source, sender_script(destination, environment))
     try:
         await_helper(source, sender)
@@ -155,8 +153,8 @@ def strike(source, destination, fault, environment):
 def sender_script(destination, environment):
     """Migrates slowly, with the save helper itself below `xl`, so that signals reach it."""
     settings = {"PAGECAST_BANDWIDTH": BANDWIDTH, **environment, "LIBXL_SAVE_HELPER": HELPER}
-    transport = f"socat -b 1048576 - TCP:{destination.address}:{PORT},retry=100,interval=0.1"
-    return jobs.script_of(["xl", "migrate", "-s", "", guest.NAME, transport], settings)
+    command = ["xl", "migrate", "-s", "", guest.NAME, migration.transport(destination)]
+    return jobs.script_of(command, settings)
 
 
 def await_helper(source, sender):

@@ -99,6 +99,13 @@ def create(host, settings):
     return wait_for(host, lambda console: console.last(), READY_LIMIT_S, "reports")
 
 
+def create_anew(hosts, host, settings):
+    """Starts the guest on one of the hosts, in place of whatever there is of it on any."""
+    for each in hosts:
+        destroy(each)
+    return create(host, settings)
+
+
 def destroy(host):
     """Ends whatever there is of the guest on a host, halves of a failed migration included."""
     names = f"{NAME} {NAME}--incoming {NAME}--migratedaway"

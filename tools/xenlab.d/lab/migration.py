@@ -67,9 +67,7 @@ def migrate(lab, source, destination, helper, strace=False):
     before = guest.read(source).last()
     jobs.must(destination, f"rm -f {guest.CONSOLE}", SHORT_LIMIT_S)
     frames = populated_frames(source)
-    receiver = jobs.Job(
-        destination, f"exec socat -b 1048576 TCP-LISTEN:{PORT},reuseaddr EXEC:'xl migrate-receive'"
-    )
+    receiver = start_receiver(destination)
     try:
         sent = jobs.run(source, sender_script(destination, helper, strace), LIMIT_S)
         if sent.code != 0:
@@ -96,9 +94,18 @@ def migrate(lab, source, destination, helper, strace=False):
     )
 
 
+def start_receiver(host):
+    """Has a host receive a guest with stock Xen, over TCP."""
+    return jobs.Job(host, f"exec socat -b 1048576 TCP-LISTEN:{PORT},reuseaddr EXEC:'xl migrate-receive'")
+
+
+def transport(destination):
+    """The command that carries the stream to a host that receives."""
+    return f"socat -b 1048576 - TCP:{destination.address}:{PORT},retry=100,interval=0.1"
+
+
 def sender_script(destination, helper, strace):
     """Migrates, and notes what that took: by dom0's own clock, its network card and Xen's account of its time."""
-    transport = f"socat -b 1048576 - TCP:{destination.address}:{PORT},retry=100,interval=0.1"
     return f"""
 rm -rf {TRIAL}; mkdir {TRIAL}
 {helper.exports(strace)}
@@ -107,7 +114,7 @@ note() {{
     echo $up $(cat /sys/class/net/eth0/statistics/tx_bytes) $(xl list 0 | awk 'END {{ print $NF }}') >>{TRIAL}/numbers
 }}
 note
-xl migrate -s '' {guest.NAME} "{transport}"
+xl migrate -s '' {guest.NAME} "{transport(destination)}"
 code=$?
 note
 exit $code

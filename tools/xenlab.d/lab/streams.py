@@ -28,10 +28,8 @@ def stream_test(lab, options, settings, environment):
     with Standing(lab, options.keep) as hosts:
         install(hosts, options.helper)
         host = hosts[0]
-        for each in hosts:
-            guest.destroy(each)
         lab.say(f"starting the guest: {settings.workload}, {settings.memory_mib} MiB, {settings.rate} page writes/s")
-        guest.create(host, settings)
+        guest.create_anew(hosts, host, settings)
         jobs.put(host, BOTH, IN_DOM0)
         before = guest.read(host).last()
         try:

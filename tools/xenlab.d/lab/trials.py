@@ -57,10 +57,8 @@ def migrate_test(lab, options, settings, environment):
     records = []
     with Standing(lab, options.keep) as hosts:
         helper = Helper(install(hosts, options.helper), environment)
-        for host in hosts:
-            guest.destroy(host)
         lab.say(f"starting the guest: {settings.workload}, {settings.memory_mib} MiB, {settings.rate} page writes/s")
-        guest.create(hosts[0], settings)
+        guest.create_anew(hosts, hosts[0], settings)
         try:
             for number in range(options.count):
                 source, destination = hosts[number % 2], hosts[(number + 1) % 2]

@@ -61,18 +61,8 @@ fn a_whole_save_through_a_pipe_reads_back_as_the_guest() {
         match reader.next_record().unwrap() {
             Record::End => break,
             Record::PageData => {
-                let entries: Vec<Pfn> = reader.entries().iter().map(|entry| entry.pfn).collect();
-                let mut bytes = vec![0; entries.len() * PAGE_SIZE];
-                let mut rest = &mut bytes[..];
-                reader
-                    .read_pages(&mut |_, pages| {
-                        let (run, behind) = std::mem::take(&mut rest).split_at_mut(pages * PAGE_SIZE);
-                        rest = behind;
-                        run
-                    })
-                    .unwrap();
-                for (pfn, page) in entries.iter().zip(bytes.chunks(PAGE_SIZE)) {
-                    received.insert(pfn.0, page.to_vec());
+                for (entry, page) in reader.read_copies() {
+                    received.insert(entry.pfn.0, page.expect("each page has data"));
                 }
             }
             other => others.push(other),
