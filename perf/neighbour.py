@@ -5,8 +5,9 @@ usage: perf/neighbour.py receive ADDRESS PORT     counts the stream at PORT, ans
        perf/neighbour.py stream ADDRESS PORT [BYTES_PER_S]
        perf/neighbour.py ask ADDRESS PORT
 
-Each runs until its standard input is closed, which it also is when the process that started it dies, and then prints one
-JSON line of what it saw. Times are CLOCK_MONOTONIC in nanoseconds, one clock for all network namespaces of a machine.
+Each runs until its standard input is closed, which it also is when the process that started it dies, and then prints
+one JSON line of what it saw. Times are CLOCK_MONOTONIC in nanoseconds, one clock for all network namespaces of a
+machine.
 """
 
 import json
@@ -104,7 +105,8 @@ def main():
     while sys.stdin.buffer.read(4096):
         pass
     # Copies, each made at one go: the threads that fill them go on.
-    print(json.dumps({name: value if isinstance(value, int) else value.copy() for name, value in seen.items()}), flush=True)
+    copies = {name: value if isinstance(value, int) else value.copy() for name, value in seen.items()}
+    print(json.dumps(copies), flush=True)
     os._exit(0)
 
 
