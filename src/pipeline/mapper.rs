@@ -9,10 +9,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, Batch, Chunk, FilledSlot, RecordInfo, Runs};
 use super::lanes::Wire;
+use super::latency::{Latencies, Stage};
 use super::ring::{Consumer, PopError, Producer, PushError};
 use super::shared::Shared;
 use super::slots::Slot;
@@ -61,6 +62,8 @@ pub struct MapperReport {
     pub zero_set: PageSet,
     /// CPU time of the thread.
     pub cpu: Duration,
+    /// How long batches took.
+    pub latencies: Latencies,
 }
 
 /// What joins a mapper to the other threads.
@@ -90,6 +93,7 @@ pub struct Mapper {
     spare: Option<Slot>,
     /// Handed out and not there.
     absent: PageSet,
+    latencies: Latencies,
 }
 
 impl Mapper {
@@ -114,6 +118,11 @@ impl Mapper {
             zero_set: PageSet::empty(nr_pages),
             spare: None,
             absent: PageSet::empty(nr_pages),
+            latencies: Latencies::of(if way.mode.copies() {
+                &[Stage::Map, Stage::Copy]
+            } else {
+                &[Stage::Map]
+            }),
         }
     }
 
@@ -135,7 +144,12 @@ impl Mapper {
                 }
             }
         }
-        MapperReport { zero_pages: self.zero_pages, zero_set: self.zero_set, cpu: cpu::thread_cpu_time() }
+        MapperReport {
+            zero_pages: self.zero_pages,
+            zero_set: self.zero_set,
+            cpu: cpu::thread_cpu_time(),
+            latencies: self.latencies,
+        }
     }
 
     /// The guest stands still: pages that were not there are there now or never.
@@ -155,8 +169,11 @@ impl Mapper {
     fn serve(&mut self, batch: &Batch) -> bool {
         let Some(mut slot) = self.spare.take().or_else(|| self.free_slot()) else { return false };
         let pages = batch.pages();
+        let begun = Instant::now();
+        let mut gathered = begun;
         if self.way.mode.copies() {
             self.source.gather(pages);
+            gathered = Instant::now();
         }
         for pfn in pages.iter().take(PREFETCH) {
             self.source.prefetch(*pfn);
@@ -210,6 +227,9 @@ impl Mapper {
             self.spare = Some(slot);
             return true;
         };
+        let done = Instant::now();
+        self.latencies.note(Stage::Map, done - begun, 1);
+        self.latencies.note(Stage::Copy, done - gathered, 1);
         match FilledSlot::new(slot, range, info) {
             Ok(filled) => self.pass_on(filled),
             Err(_) => unreachable!("a record lies within the slot that it was laid out in"),

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, Batch};
 use super::dealer::{Dealer, Obstacle};
+use super::latency::{Latencies, Stage};
 use super::link_rate::LinkRate;
 use super::log_peek::{LogPeek, Peeks};
 use super::openings::Openings;
@@ -72,6 +73,8 @@ pub struct ScannerReport {
     pub cpu: Duration,
     /// The link as last known.
     pub pages_per_s: f64,
+    /// How long ticks took.
+    pub latencies: Latencies,
 }
 
 /// How the scanner is to work.
@@ -148,6 +151,7 @@ pub struct Scanner {
     samples: u64,
     sampling: Duration,
     most_deferred: u64,
+    latencies: Latencies,
 }
 
 /// What one attempt to hand out pages came to.
@@ -201,6 +205,7 @@ impl Scanner {
             samples: 0,
             sampling: Duration::ZERO,
             most_deferred: 0,
+            latencies: Latencies::of(&[Stage::Tick]),
         }
     }
 
@@ -217,6 +222,7 @@ impl Scanner {
             most_deferred: self.most_deferred,
             cpu: cpu::thread_cpu_time(),
             pages_per_s: self.rate.pages_per_s(),
+            latencies: self.latencies,
         }
     }
 
@@ -342,6 +348,7 @@ impl Scanner {
         self.sampling += took;
         self.samples += 1;
         self.engine.on_sample(&Sample { at, dirty: &self.dirty });
+        self.latencies.note(Stage::Tick, self.started.elapsed() - at, 1);
         let interval = at.saturating_sub(self.last_sample);
         self.rate.sample(self.shared.data_pages_sent(), self.shared.entries_sent(), interval);
         self.publish(interval);
