@@ -3,11 +3,13 @@
 use std::cell::RefCell;
 use std::hint::black_box;
 use std::sync::Arc;
+use std::time::Instant;
 
 use pagecast::guest::arena::client::ArenaPages;
 use pagecast::page::{PAGE_SIZE, Pfn};
 use pagecast::pipeline::batch::{BATCH_PAGES, Batch};
 use pagecast::pipeline::lanes::{Wire, slot_bytes};
+use pagecast::pipeline::latency::{Latencies, Stage};
 use pagecast::pipeline::mapper::{Links, MapMode, Mapper, Way};
 use pagecast::pipeline::ring::ring;
 use pagecast::pipeline::shared::Shared;
@@ -109,6 +111,25 @@ pub fn measure_all() {
         let stage = format!("copy + zero detection, {kind}");
         measure(&stage, "memcpy of such pages into the slots", PAGES, &mut real, Some(&mut bare));
     }
+    latencies();
+}
+
+/// What a mapper that copies spends on its latencies: it reads the clock three times a batch and notes two times.
+fn latencies() {
+    let mut latencies = Latencies::of(&[Stage::Map, Stage::Copy]);
+    let mut real = || {
+        cpu_ns(|| {
+            for _ in 0..BATCHES {
+                let begun = black_box(Instant::now());
+                let gathered = black_box(Instant::now());
+                let done = black_box(Instant::now());
+                latencies.note(Stage::Map, done - begun, 1);
+                latencies.note(Stage::Copy, done - gathered, 1);
+            }
+        })
+    };
+    measure("latencies of a batch", "none", PAGES, &mut real, None);
+    black_box(&latencies);
 }
 
 fn read(memory: &GuestMemory, batches: &[Batch], bytes: usize) -> f64 {
