@@ -59,9 +59,21 @@ def build(target=ROOT / "target", flags=None):
     return Path(target) / "release/pagecast"
 
 
+def program_at(path):
+    """A program that the caller named, or else pagecast, built from this tree."""
+    if path is None:
+        return build()
+    if not os.access(path, os.X_OK) or Path(path).is_dir():
+        fail(f"{path} is no program; build it there first (cargo build --release)")
+    return Path(path).absolute()
+
+
 def report_of(command):
     """Runs a command that migrates with --json and gives its report."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    try:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    except OSError as error:
+        fail(f"cannot run {command[0]}: {error.strerror}")
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
         fail(f"{' '.join(map(str, command))} ended with {done.returncode}: {lines[-1]}")
@@ -84,6 +96,7 @@ def _word(path, otherwise):
 
 
 def _cpuinfo(key):
+    """What /proc/cpuinfo says of the first core."""
     lines = (line.partition(":") for line in _word("/proc/cpuinfo", "").splitlines())
     return next((value.strip() for name, _, value in lines if name.strip() == key), "unknown")
 
@@ -94,6 +107,7 @@ def _chosen(path):
 
 
 def _meminfo(key):
+    """A figure of /proc/meminfo: KiB, or pages for the pool."""
     lines = (line.split() for line in _word("/proc/meminfo", "").splitlines())
     return next((int(words[1]) for words in lines if words[0] == f"{key}:"), 0)
 
@@ -194,6 +208,7 @@ class Noise:
         self._time()
 
     def _time(self):
+        """One look at how fast the machine is and what else goes on."""
         before = _processor_ticks()
         times = [_spin() for _ in range(3)]  # three: the ticks of /proc/stat are 10 ms
         after = _processor_ticks()
