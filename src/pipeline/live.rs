@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::lanes::{Joined, Lanes, Line};
+use super::latency::Latencies;
 use super::mapper::MapperReport;
 use super::outcome::{Bound, CpuTimes, Downtime, Migration, MigrationError, Phase, Progress};
 use super::scanner::{Event, Order, ScannerReport};
@@ -269,6 +270,14 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
 }
 
 impl Sent {
+    /// What the threads' stages took, taken together.
+    fn latencies(&self) -> Latencies {
+        let mut all = self.scanner.latencies.clone();
+        self.mappers.iter().for_each(|mapper| all.add(&mapper.latencies));
+        self.senders.iter().for_each(|sender| all.add(&sender.latencies));
+        all
+    }
+
     /// The figures of the migration that this was the heart of, on `lanes`. It ended as `ending` says.
     pub fn migration(self, lanes: &Lanes, settings: &Settings, ending: &Ending) -> Migration {
         let Sent { scanner, mappers, senders, .. } = &self;
@@ -315,6 +324,7 @@ impl Sent {
             link_pages_per_s: scanner.pages_per_s,
             forecast_bytes: scanner.engine.state_bytes(),
             verified_pages: 0,
+            latencies: self.latencies(),
             live_writes_per_s: self.live_writes_per_s,
         }
     }

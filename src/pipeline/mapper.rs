@@ -9,10 +9,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, Batch, Chunk, FilledSlot, RecordInfo, Runs};
 use super::lanes::Wire;
+use super::latency::{Latencies, Stage};
 use super::ring::{Consumer, PopError, Producer, PushError};
 use super::shared::{Shared, Step};
 use super::slots::Slot;
@@ -61,6 +62,8 @@ pub struct MapperReport {
     pub zero_set: PageSet,
     /// CPU time of the thread.
     pub cpu: Duration,
+    /// How long batches took.
+    pub latencies: Latencies,
 }
 
 /// What joins a mapper to the other threads.
@@ -94,6 +97,7 @@ pub struct Mapper {
     absent: PageSet,
     /// Of these, the ones to be looked for once more, from when the scanner has handed out its last batch.
     again: Option<PageSet>,
+    latencies: Latencies,
 }
 
 impl Mapper {
@@ -120,6 +124,10 @@ impl Mapper {
             outgoing: None,
             absent: PageSet::empty(nr_pages),
             again: None,
+            latencies: Latencies::of(match way.mode {
+                MapMode::Stage => &[Stage::Map, Stage::Copy],
+                MapMode::Reference => &[Stage::Map],
+            }),
         }
     }
 
@@ -136,7 +144,12 @@ impl Mapper {
     }
 
     pub(super) fn report(self) -> MapperReport {
-        MapperReport { zero_pages: self.zero_pages, zero_set: self.zero_set, cpu: cpu::thread_cpu_time() }
+        MapperReport {
+            zero_pages: self.zero_pages,
+            zero_set: self.zero_set,
+            cpu: cpu::thread_cpu_time(),
+            latencies: self.latencies,
+        }
     }
 
     /// Passes on what is filled, or fills a slot with a batch, if there are both.
@@ -185,8 +198,11 @@ impl Mapper {
     /// Fills a slot with a batch; a batch always fits.
     fn serve(&mut self, mut slot: Slot, batch: &Batch) {
         let pages = batch.pages();
+        let begun = Instant::now();
+        let mut gathered = begun;
         if self.way.mode.copies() {
             self.source.gather(pages);
+            gathered = Instant::now();
         }
         for pfn in pages.iter().take(PREFETCH) {
             self.source.prefetch(*pfn);
@@ -240,6 +256,9 @@ impl Mapper {
             self.spare = Some(slot);
             return;
         };
+        let done = Instant::now();
+        self.latencies.note(Stage::Map, done - begun, 1);
+        self.latencies.note(Stage::Copy, done - gathered, 1);
         match FilledSlot::new(slot, range, info) {
             Ok(filled) => self.outgoing = Some(filled),
             Err(_) => unreachable!("a record lies within the slot that it was laid out in"),

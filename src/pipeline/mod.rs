@@ -13,6 +13,7 @@
 //!   pipe or a file.
 //! * [`cadence`], [`clock`]: when the log is looked at; `link_rate`, `log_peek`: what the scanner knows of the link, and how policies look into the log.
 //! * [`dealer`], [`openings`]: how pages get from the scanner into batches of the right lane.
+//! * [`latency`]: how long each stage takes.
 //! * [`lanes`]: the threads, started and joined; [`live`]: a migration from the first page to the last.
 //! * [`control`]: to another pagecast, from the first connection to the hand-over; [`save`]: into a stream that somebody
 //!   else receives.
@@ -27,6 +28,7 @@ pub mod clock;
 pub mod control;
 pub mod dealer;
 pub mod lanes;
+pub mod latency;
 mod link_rate;
 pub mod live;
 mod log_peek;

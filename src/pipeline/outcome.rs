@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::latency::Latencies;
 use crate::forecast::{Convergence, StopReason};
 use crate::guest::GuestError;
 use crate::transport::ledger::Counters;
@@ -162,6 +163,8 @@ pub struct Migration {
     pub forecast_bytes: usize,
     /// Pages that the destination compared with the source's digests; 0 without verification.
     pub verified_pages: u64,
+    /// How long the stages took.
+    pub latencies: Latencies,
     /// The guest's writes per second while it was migrated live, where it can tell.
     pub live_writes_per_s: Option<f64>,
 }

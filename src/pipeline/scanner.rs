@@ -12,6 +12,7 @@ use super::batch::{BATCH_PAGES, Batch};
 use super::cadence::Cadence;
 use super::clock::Clock;
 use super::dealer::{Dealer, Obstacle};
+use super::latency::{Latencies, Stage};
 use super::link_rate::LinkRate;
 use super::log_peek::{LogPeek, Peeks};
 use super::openings::Openings;
@@ -74,6 +75,8 @@ pub struct ScannerReport {
     pub cpu: Duration,
     /// The link as last known.
     pub pages_per_s: f64,
+    /// How long ticks took.
+    pub latencies: Latencies,
 }
 
 /// What joins the scanner to the other threads.
@@ -115,6 +118,7 @@ pub struct Scanner {
     samples: u64,
     sampling: Duration,
     most_deferred: u64,
+    latencies: Latencies,
 }
 
 /// What the scanner is at.
@@ -183,6 +187,7 @@ impl Scanner {
             samples: 0,
             sampling: Duration::ZERO,
             most_deferred: 0,
+            latencies: Latencies::of(&[Stage::Tick]),
         }
     }
 
@@ -203,6 +208,7 @@ impl Scanner {
             most_deferred: self.most_deferred,
             cpu: cpu::thread_cpu_time(),
             pages_per_s: self.rate.pages_per_s(),
+            latencies: self.latencies,
         }
     }
 
@@ -330,6 +336,7 @@ impl Scanner {
         self.sampling += took;
         self.samples += 1;
         self.engine.on_sample(&Sample { at, dirty: &self.dirty });
+        self.latencies.note(Stage::Tick, self.clock.elapsed() - at, 1);
         let interval = at.saturating_sub(self.last_sample);
         self.rate.sample(self.shared.data_pages_sent(), self.shared.entries_sent(), interval);
         self.publish(interval);

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, FilledSlot};
+use super::latency::{Latencies, Notified, Stage};
 use super::ring::{Consumer, PopError, Producer};
 use super::shared::{Idle, Shared};
 use super::slots::{Slot, SlotPool, give_back};
@@ -17,7 +18,9 @@ use crate::page::PAGE_SIZE;
 use crate::sys::guest_memory::GuestMemory;
 use crate::sys::uring::{MAX_REGISTERED_BYTES, SendOp, SendRing};
 use crate::sys::{cpu, socket};
-use crate::transport::ledger::{Counters, Ledger, LedgerError, Outcome, Posted, SendKind, TicketId};
+use crate::transport::ledger::{
+    Completion, Counters, Ledger, LedgerError, Outcome, Posted, SendKind, TicketId,
+};
 use crate::transport::pacer::Pacer;
 
 /// Slots in one linked chain.
@@ -68,6 +71,8 @@ pub struct SenderReport {
     pub enters: u64,
     /// CPU time of the thread.
     pub cpu: Duration,
+    /// How long sends and notifications took.
+    pub latencies: Latencies,
 }
 
 /// Why a sender stopped early.
@@ -127,6 +132,8 @@ pub struct Sender {
     in_chain: usize,
     enters: u64,
     broken: Option<i32>,
+    latencies: Latencies,
+    notified: Notified,
 }
 
 impl Sender {
@@ -172,6 +179,8 @@ impl Sender {
             in_chain: 0,
             enters: 0,
             broken: None,
+            latencies: Latencies::of(if registered { &[Stage::Send, Stage::Notify] } else { &[Stage::Send] }),
+            notified: Notified::new(slots),
             setup,
         })
     }
@@ -191,6 +200,7 @@ impl Sender {
             registered: self.registered,
             enters: self.enters,
             cpu: cpu::thread_cpu_time().saturating_sub(set_up),
+            latencies: self.latencies,
         })
     }
 
@@ -257,6 +267,7 @@ impl Sender {
                 next = self.filled.pop().ok();
             }
         }
+        let begun = Instant::now();
         let tickets: [Option<TicketId>; CHAIN_SLOTS] = chain;
         for (index, ticket) in tickets.iter().flatten().enumerate() {
             self.queue(*ticket, index + 1 == length)?;
@@ -268,6 +279,7 @@ impl Sender {
                 return Err(SendError::Aborted);
             }
         }
+        self.latencies.note(Stage::Send, begun.elapsed(), length as u64);
         self.shared.lanes[self.setup.lane].note_sent(entries, data_pages, bytes);
         Ok(())
     }
@@ -395,6 +407,8 @@ impl Sender {
 
     /// Takes in all completions that are there, and gives slots back.
     fn reap(&mut self) -> Result<(), SendError> {
+        // Once for all that is there: it has come since the last time that anybody looked.
+        let now = self.registered.then(Instant::now);
         while let Some(entry) = self.ring.next_completion() {
             let posted = Posted::from_cqe(entry.result, entry.flags);
             let completion = match self.ledger.on_completion(entry.id, posted) {
@@ -419,6 +433,9 @@ impl Sender {
                     self.ledger.seal(completion.ticket)?;
                 }
             }
+            if let Some(now) = now {
+                self.note_time(&completion, now);
+            }
             if let Some(filled) = completion.freed {
                 give_back(&mut self.free, filled);
             }
@@ -426,6 +443,18 @@ impl Sender {
         match self.broken {
             Some(errno) => Err(SendError::Connection(std::io::Error::from_raw_os_error(errno))),
             None => Ok(()),
+        }
+    }
+
+    /// Notes when a slot's sends were completed, and how long its notification took from there.
+    fn note_time(&mut self, completion: &Completion<FilledSlot>, now: Instant) {
+        let of = completion.freed.as_ref().or_else(|| self.ledger.slot(completion.ticket));
+        let Some(filled) = of else { return };
+        let slot = filled.range_in_pool().start / self.setup.pool.slot_bytes();
+        match completion.outcome {
+            Outcome::Sent(_) => self.notified.sent(slot, now),
+            Outcome::Notified => self.latencies.note(Stage::Notify, self.notified.since_sent(slot, now), 1),
+            Outcome::Short { .. } | Outcome::Failed(_) => {}
         }
     }
 

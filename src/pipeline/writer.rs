@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batch::FilledSlot;
+use super::latency::{Latencies, Stage};
 use super::ring::{Consumer, PopError, Producer};
 use super::sender::{SendError, SenderReport};
 use super::shared::Shared;
@@ -60,7 +61,7 @@ impl Writer {
             shared,
             pacer,
             started: Instant::now(),
-            report: SenderReport::default(),
+            report: SenderReport { latencies: Latencies::of(&[Stage::Send]), ..SenderReport::default() },
         }
     }
 
@@ -118,6 +119,7 @@ impl Writer {
             *part = IoSlice::new(slot.bytes());
         }
         let mut rest = &mut parts[..slots.len()];
+        let begun = Instant::now();
         while !rest.is_empty() {
             if self.shared.is_aborted() {
                 return Err(SendError::Aborted);
@@ -126,6 +128,7 @@ impl Writer {
             let wrote = self.setup.stream.write_some(rest, PATIENCE).map_err(SendError::Connection)?;
             IoSlice::advance_slices(&mut rest, wrote);
         }
+        self.report.latencies.note(Stage::Send, begun.elapsed(), slots.len() as u64);
         let (mut entries, mut data_pages) = (0, 0);
         for slot in slots.drain(..) {
             entries += u64::from(slot.payload().entries);
@@ -193,6 +196,8 @@ mod tests {
         let report = thread.join().unwrap().unwrap();
         assert_eq!(report.bytes.plain_bytes, 20 * PAGE_SIZE as u64);
         assert!(report.enters <= 20, "several slots in a write");
+        let timed: Vec<_> = report.latencies.seen().map(|(stage, times)| (stage, times.len())).collect();
+        assert_eq!(timed, [(Stage::Send, 20)], "a time for each slot");
         assert_eq!(std::iter::from_fn(|| free.pop().ok()).count(), 20);
     }
 }

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::{Report, ms, per_gb};
 use crate::forecast::{Convergence, PolicyKind};
+use crate::pipeline::latency::Latencies;
 use crate::pipeline::outcome::{Migration, Progress};
 
 /// One progress line.
@@ -169,9 +170,26 @@ pub fn figures(policy: PolicyKind, budget_ms: f64, m: &Migration) -> Value {
             "control": per_gb(m.cpu.control, m.bytes),
             "receive": per_gb(m.cpu.receive, m.bytes),
         },
+        "latency_us": latencies(&m.latencies),
         "convergence": convergence(&m.convergence),
     });
     joined(main, parts)
+}
+
+/// How long the stages that ran took, in microseconds. A batch is mapped and a slot is sent; a tick is for all pages.
+fn latencies(latencies: &Latencies) -> Value {
+    let us = |ns: u64| ns as f64 / 1e3;
+    let stages = latencies.seen().map(|(stage, times)| {
+        let figures = json!({
+            "p50": us(times.value_at_quantile(0.50)),
+            "p90": us(times.value_at_quantile(0.90)),
+            "p99": us(times.value_at_quantile(0.99)),
+            "max": us(times.max()),
+            "count": times.len(),
+        });
+        (stage.name().to_owned(), figures)
+    });
+    Value::Object(stages.collect())
 }
 
 /// One object of two.

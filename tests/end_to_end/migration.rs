@@ -65,6 +65,29 @@ fn every_policy_and_every_way_to_send_loses_nothing() {
 }
 
 #[test]
+fn every_stage_that_ran_tells_how_long_it_took_for_every_slot() {
+    if !tracking_or_skip("every_stage_that_ran_tells_how_long_it_took_for_every_slot") {
+        return;
+    }
+    for send in ["direct", "staged", "copy"] {
+        let report = &demo(&["--policy", "xen", "--workload", "idle", "--lanes", "2", "--send", send])[0];
+        let latencies = report["latency_us"].as_object().expect("an object");
+        let count = |stage: &str| latencies.get(stage).map(|times| times["count"].as_u64().expect("a count"));
+        let slots = count("send").expect("slots were sent");
+        assert!(slots > 0 && count("map") == Some(slots), "{report}");
+        assert_eq!(count("copy"), (send == "staged").then_some(slots), "{report}");
+        // Of each slot one send goes without copying, and that owes one notification.
+        assert_eq!(count("notify"), (send != "copy").then_some(slots), "{report}");
+        assert_eq!(count("tick"), report["samples"].as_u64(), "{report}");
+        for times in latencies.values() {
+            let of = |key: &str| times[key].as_f64().expect("a number");
+            assert!(0.0 < of("p50") && of("p50") <= of("p90"), "{report}");
+            assert!(of("p90") <= of("p99") && of("p99") <= of("max"), "{report}");
+        }
+    }
+}
+
+#[test]
 fn several_lanes_carry_one_guest() {
     if !tracking_or_skip("several_lanes_carry_one_guest") {
         return;

@@ -185,7 +185,7 @@ impl GuestControl for ArenaGuest {
     }
 
     fn page_source(&mut self) -> Box<dyn PageSource> {
-        Box::new(ArenaPages { memory: self.memory.clone() })
+        Box::new(ArenaPages::new(self.memory.clone()))
     }
 }
 
@@ -251,6 +251,13 @@ impl DirtyLog for ArenaDirtyLog {
 /// The pages of an arena guest, read through the migrator's own mapping.
 pub struct ArenaPages {
     memory: Arc<GuestMemory>,
+}
+
+impl ArenaPages {
+    /// The pages of this mapping.
+    pub fn new(memory: Arc<GuestMemory>) -> Self {
+        ArenaPages { memory }
+    }
 }
 
 impl PageSource for ArenaPages {
