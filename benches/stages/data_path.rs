@@ -73,7 +73,7 @@ fn map(memory: &Arc<GuestMemory>, mode: MapMode, batches: Vec<Batch>, slots: &mu
     let (zero_notes, _notes) = ring(BATCHES);
     batches.into_iter().for_each(|batch| _ = to_mapper.push(batch));
     slots.drain(..).for_each(|slot| _ = free_in.push(slot));
-    drop(to_mapper);
+    drop((to_mapper, free_in));
     let way = Way { lane: 0, mode, wire: Wire::Pagecast };
     let links = Links { batches: batches_out, free, filled, zero_notes };
     let source = Box::new(ArenaPages::new(memory.clone()));

@@ -100,6 +100,13 @@ impl GuestMemory {
         if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
+    /// Fills this process's page tables, so that reading does not fault. A guest that exists has all of its pages.
+    pub fn map_ahead(&self) -> io::Result<()> {
+        // SAFETY: the range is exactly this mapping; populating changes no contents.
+        let rc = unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, libc::MADV_POPULATE_READ) };
+        if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
     /// Address of a page. Panics if the page is outside the memory.
     pub fn page(&self, pfn: Pfn) -> *const u8 {
         assert!(pfn.0 < self.nr_pages(), "page {pfn} is outside the memory");

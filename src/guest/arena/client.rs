@@ -24,6 +24,7 @@ pub struct ArenaGuest {
     socket: OwnedFd,
     path: String,
     memory: Arc<GuestMemory>,
+    mapped_ahead: bool,
     pagemap: Option<OwnedFd>,
     base: u64,
     workload: String,
@@ -52,7 +53,16 @@ impl ArenaGuest {
             )));
         }
         let memory = Arc::new(memory);
-        Ok(ArenaGuest { socket, path: name, memory, pagemap: Some(pagemap), base, workload, seed })
+        Ok(ArenaGuest {
+            socket,
+            path: name,
+            memory,
+            mapped_ahead: false,
+            pagemap: Some(pagemap),
+            base,
+            workload,
+            seed,
+        })
     }
 
     /// Connects as soon as the guest listens, for `patience` at most.
@@ -185,6 +195,10 @@ impl GuestControl for ArenaGuest {
     }
 
     fn page_source(&mut self) -> Box<dyn PageSource> {
+        if !std::mem::replace(&mut self.mapped_ahead, true) {
+            // Else the mapper takes a fault for every 16 pages. It can do that: a refusal costs time and nothing else.
+            let _ = self.memory.map_ahead();
+        }
         Box::new(ArenaPages::new(self.memory.clone()))
     }
 }
