@@ -303,6 +303,24 @@ def iperf3(route, lanes, zero_copy, seconds=2):
     }
 
 
+def bare(route, size):
+    """The same figures of one connection that carries `size` bytes from memory to memory and does nothing else."""
+    program = [sys.executable, str(ROOT / "perf" / "bare.py")]
+    with contextlib.ExitStack() as stack:
+        receiver = [*route.destination, *program, "receive", route.address, str(size)]
+        receiving, line = stack.enter_context(_running(receiver, "listening"))
+        sender = [*route.source, *program, "send", f"{route.address}:{line.split()[-1]}", str(size)]
+        done = subprocess.run(sender, capture_output=True, text=True, timeout=PATIENCE_S)
+        if done.returncode != 0:
+            fail(f"bare.py over {route.name}: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+        sent, received = json.loads(done.stdout), json.loads(receiving.stdout.readline())
+    return {
+        "bytes_per_s": sent["bytes_per_s"],
+        "send_cpu_s_per_gb": sent["cpu_s_per_gb"],
+        "receive_cpu_s_per_gb": received["cpu_s_per_gb"],
+    }
+
+
 def _wait_until_free(listen):
     """A guest that was received has the port until it has ended."""
     for _ in range(PATIENCE_S * 10):

@@ -18,7 +18,7 @@ use pagecast::stream::HEADER_ROOM;
 use pagecast::sys::guest_memory::GuestMemory;
 use pagecast::sys::slot_memory::SlotMemory;
 
-use crate::{cpu_ns, measure, mix};
+use crate::{Used, measure, mix};
 
 /// 512 MiB of guest: far more than any cache.
 const NR_PAGES: u64 = 1 << 17;
@@ -66,7 +66,7 @@ impl Scatter {
 }
 
 /// Has a mapper serve `batches` and gives the slots back.
-fn map(memory: &Arc<GuestMemory>, mode: MapMode, batches: Vec<Batch>, slots: &mut Vec<Slot>) -> f64 {
+fn map(memory: &Arc<GuestMemory>, mode: MapMode, batches: Vec<Batch>, slots: &mut Vec<Slot>) -> Used {
     let (mut to_mapper, batches_out) = ring(BATCHES);
     let (mut free_in, free) = ring(BATCHES);
     let (filled, mut filled_out) = ring(BATCHES);
@@ -78,7 +78,7 @@ fn map(memory: &Arc<GuestMemory>, mode: MapMode, batches: Vec<Batch>, slots: &mu
     let links = Links { batches: batches_out, free, filled, zero_notes };
     let source = Box::new(ArenaPages::new(memory.clone()));
     let mapper = Mapper::new(source, way, links, Arc::new(Shared::new(1, false)), NR_PAGES);
-    let took = cpu_ns(|| _ = black_box(mapper.run()));
+    let took = Used::by(|| _ = black_box(mapper.run()));
     slots.extend(std::iter::from_fn(|| filled_out.pop().ok()).map(|filled| filled.into_parts().0));
     assert_eq!(slots.len(), BATCHES, "the mapper filled a slot for each batch");
     took
@@ -118,7 +118,7 @@ pub fn measure_all() {
 fn latencies() {
     let mut latencies = Latencies::of(&[Stage::Map, Stage::Copy]);
     let mut real = || {
-        cpu_ns(|| {
+        Used::by(|| {
             for _ in 0..BATCHES {
                 let begun = black_box(Instant::now());
                 let gathered = black_box(Instant::now());
@@ -132,10 +132,10 @@ fn latencies() {
     black_box(&latencies);
 }
 
-fn read(memory: &GuestMemory, batches: &[Batch], bytes: usize) -> f64 {
+fn read(memory: &GuestMemory, batches: &[Batch], bytes: usize) -> Used {
     let mut writer = memory.writer().expect("nobody else writes it");
     let all = &*writer.bytes();
-    cpu_ns(|| {
+    Used::by(|| {
         for pfn in batches.iter().flat_map(Batch::pages) {
             let page = &all[pfn.index() * PAGE_SIZE..][..bytes];
             black_box(page.as_chunks::<8>().0.iter().fold(0, |any, word| any | u64::from_ne_bytes(*word)));
@@ -143,8 +143,8 @@ fn read(memory: &GuestMemory, batches: &[Batch], bytes: usize) -> f64 {
     })
 }
 
-fn copy(memory: &GuestMemory, batches: &[Batch], slots: &mut [Slot]) -> f64 {
-    cpu_ns(|| {
+fn copy(memory: &GuestMemory, batches: &[Batch], slots: &mut [Slot]) -> Used {
+    Used::by(|| {
         for (batch, slot) in batches.iter().zip(slots) {
             let (pages, _) = slot.bytes_mut()[HEADER_ROOM..].as_chunks_mut();
             batch.pages().iter().zip(pages).for_each(|(pfn, page)| memory.copy_page(*pfn, page));

@@ -7,7 +7,7 @@ use pagecast::forecast::{Config, Engine, Link, Next, OnNoConvergence, Peek, Poli
 use pagecast::page::Pfn;
 use pagecast::page_set::PageSet;
 
-use crate::{cpu_ns, measure, mix};
+use crate::{Used, measure, mix};
 
 /// 16 GiB of guest.
 const NR_PAGES: u64 = 1 << 22;
@@ -55,7 +55,7 @@ fn scan(logs: &[Vec<u64>], dirty: usize) {
     let mut real = || {
         turn += 1;
         let log = &logs[turn % SAMPLES];
-        cpu_ns(|| {
+        Used::by(|| {
             into.clear();
             into.insert_bitmap(black_box(log));
         })
@@ -64,7 +64,7 @@ fn scan(logs: &[Vec<u64>], dirty: usize) {
     let mut bare = || {
         bare_turn += 1;
         let log = &logs[bare_turn % SAMPLES];
-        cpu_ns(|| black_box(&mut copy).copy_from_slice(black_box(log)))
+        Used::by(|| black_box(&mut copy).copy_from_slice(black_box(log)))
     };
     measure("scan", "memcpy of the bitmap", dirty, &mut real, Some(&mut bare));
 }
@@ -92,13 +92,13 @@ fn update(sets: &[PageSet], dirty: usize) {
     let mut real = || {
         turn += 1;
         let sample = Sample { at: INTERVAL * turn as u32, dirty: &sets[turn % SAMPLES] };
-        cpu_ns(|| engine.on_sample(black_box(&sample)))
+        Used::by(|| engine.on_sample(black_box(&sample)))
     };
     let (mut states, mut bare_turn) = (vec![0u16; NR_PAGES as usize], 2);
     let mut bare = || {
         bare_turn += 1;
         let set = &sets[bare_turn % SAMPLES];
-        cpu_ns(|| set.iter().for_each(|pfn| states[pfn.index()] = states[pfn.index()].wrapping_add(1)))
+        Used::by(|| set.iter().for_each(|pfn| states[pfn.index()] = states[pfn.index()].wrapping_add(1)))
     };
     measure("update", "one increment of 2 bytes for each dirty page", dirty, &mut real, Some(&mut bare));
     black_box(&states);
@@ -116,7 +116,7 @@ fn rank(sets: &[PageSet]) {
         engine.on_sample(&Sample { at: now, dirty: &sets[turn % SAMPLES] });
         black_box(engine.verdict(now, &link));
         out.clear();
-        let took = cpu_ns(|| {
+        let took = Used::by(|| {
             while out.len() < PAGES_PER_SAMPLE {
                 let max = (PAGES_PER_SAMPLE - out.len()).min(BATCH_PAGES);
                 if engine.next_batch(now, max, &link, &mut NoPeek, &mut out) != Next::Batch {
@@ -127,14 +127,14 @@ fn rank(sets: &[PageSet]) {
         link.sent += out.len() as u64;
         handed.borrow_mut().clone_from(&out);
         // What is held back shortens the list; the figure is for the pages that were asked for.
-        took * PAGES_PER_SAMPLE as f64 / out.len().max(1) as f64
+        took * (PAGES_PER_SAMPLE as f64 / out.len().max(1) as f64)
     };
     let mut bare = || {
         let handed = handed.borrow();
         let mut full = PageSet::full(NR_PAGES);
-        let took = cpu_ns(|| handed.iter().for_each(|pfn| _ = full.remove(*pfn)));
+        let took = Used::by(|| handed.iter().for_each(|pfn| _ = full.remove(*pfn)));
         black_box(&full);
-        took * PAGES_PER_SAMPLE as f64 / handed.len().max(1) as f64
+        took * (PAGES_PER_SAMPLE as f64 / handed.len().max(1) as f64)
     };
     let operation = "clearing the bits of the same pages in the same order";
     measure("rank", operation, PAGES_PER_SAMPLE, &mut real, Some(&mut bare));

@@ -9,19 +9,76 @@ mod data_path;
 mod forecast;
 mod wire;
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::ops::Mul;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use pagecast::sys::cpu::thread_cpu_time;
 
 /// Times that a stage and its bare operation are measured.
 const REPEATS: usize = 31;
 
-/// One half of a case: works on so many pages and says what CPU time that took, in nanoseconds.
-type Half<'a> = &'a mut dyn FnMut() -> f64;
+/// One half of a case: works on so many pages and says what that took.
+type Half<'a> = &'a mut dyn FnMut() -> Used;
 
-/// CPU time that `work` takes, in nanoseconds.
-fn cpu_ns(work: impl FnOnce()) -> f64 {
-    let began = thread_cpu_time();
-    work();
-    (thread_cpu_time() - began).as_nanos() as f64
+/// The system's allocator, counting what is asked of it.
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps the promises that the system's allocator asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: as above, and `block` came from the system's allocator.
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// What some work took of its thread. Only allocations are those of all threads; the others do nothing meanwhile.
+#[derive(Clone, Copy)]
+struct Used {
+    cpu_ns: f64,
+    allocations: f64,
+    /// Page faults that needed no disk.
+    faults: f64,
+}
+
+impl Used {
+    fn by(work: impl FnOnce()) -> Used {
+        let began = (thread_cpu_time(), ALLOCATIONS.load(Ordering::Relaxed), faults());
+        work();
+        Used {
+            cpu_ns: (thread_cpu_time() - began.0).as_nanos() as f64,
+            allocations: (ALLOCATIONS.load(Ordering::Relaxed) - began.1) as f64,
+            faults: (faults() - began.2) as f64,
+        }
+    }
+}
+
+impl Mul<f64> for Used {
+    type Output = Used;
+
+    fn mul(self, by: f64) -> Used {
+        Used { cpu_ns: self.cpu_ns * by, allocations: self.allocations * by, faults: self.faults * by }
+    }
+}
+
+/// Page faults of this thread so far.
+fn faults() -> i64 {
+    // SAFETY: rusage is plain numbers, and all zero is a value of it.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel fills the structure it is given.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
+    usage.ru_minflt
 }
 
 fn median(values: &mut [f64]) -> f64 {
@@ -33,12 +90,15 @@ fn median(values: &mut [f64]) -> f64 {
 /// time. The first turn warms up.
 fn measure(stage: &str, bare_operation: &str, pages: usize, real: Half, mut bare: Option<Half>) {
     let (mut real_ns, mut bare_ns) = (Vec::new(), Vec::new());
+    let (mut allocations, mut faults) = (Vec::new(), Vec::new());
     for turn in 0..=REPEATS {
         let took = real();
         let bare_took = bare.as_mut().map(|bare| bare());
         if turn > 0 {
-            real_ns.push(took / pages as f64);
-            bare_ns.extend(bare_took.map(|took| took / pages as f64));
+            real_ns.push(took.cpu_ns / pages as f64);
+            allocations.push(took.allocations / pages as f64);
+            faults.push(took.faults / pages as f64);
+            bare_ns.extend(bare_took.map(|took| took.cpu_ns / pages as f64));
         }
     }
     let bare_median = (!bare_ns.is_empty()).then(|| median(&mut bare_ns));
@@ -47,6 +107,8 @@ fn measure(stage: &str, bare_operation: &str, pages: usize, real: Half, mut bare
         "bare": bare_operation,
         "ns_per_page": median(&mut real_ns),
         "bare_ns_per_page": bare_median,
+        "allocations_per_page": median(&mut allocations),
+        "faults_per_page": median(&mut faults),
     });
     println!("{line}");
 }
@@ -61,6 +123,8 @@ fn mix(x: u64) -> u64 {
 fn main() {
     // `cargo test --benches` only wants to see that it can be run.
     if std::env::args().any(|argument| argument == "--bench") {
+        let one = Used::by(|| drop(std::hint::black_box(Box::new(0u64))));
+        assert_eq!(one.allocations, 1.0, "what is allocated is counted");
         forecast::measure_all();
         data_path::measure_all();
         wire::measure_all();

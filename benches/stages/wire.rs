@@ -18,7 +18,7 @@ use pagecast::pipeline::slots::{Slot, SlotPool};
 use pagecast::transport::ledger::{Ledger, Posted, SendKind};
 
 use crate::data_path::{BATCHES, slots};
-use crate::{cpu_ns, measure};
+use crate::{Used, measure};
 
 const PAGES: usize = BATCHES * BATCH_PAGES;
 
@@ -35,7 +35,7 @@ fn drained() -> (TcpStream, JoinHandle<()>) {
 }
 
 /// Has a sender send all slots, and gives them back.
-fn send(socket: &Arc<TcpStream>, pool: &SlotPool, zero_copy: bool, slots: &mut Vec<Slot>) -> f64 {
+fn send(socket: &Arc<TcpStream>, pool: &SlotPool, zero_copy: bool, slots: &mut Vec<Slot>) -> Used {
     let (mut filled_in, filled) = ring(BATCHES);
     let (free, mut free_out) = ring(BATCHES);
     for slot in slots.drain(..) {
@@ -57,7 +57,7 @@ fn send(socket: &Arc<TcpStream>, pool: &SlotPool, zero_copy: bool, slots: &mut V
         bytes_per_s: None,
     };
     let sender = Sender::new(setup, filled, free, Arc::new(Shared::new(1, false))).expect("io_uring");
-    let took = cpu_ns(|| _ = black_box(sender.run().expect("an open connection")));
+    let took = Used::by(|| _ = black_box(sender.run().expect("an open connection")));
     slots.extend(std::iter::from_fn(|| free_out.pop().ok()));
     assert_eq!(slots.len(), BATCHES, "every slot came back");
     took
@@ -73,7 +73,7 @@ pub fn measure_all() {
     for (zero_copy, name) in [(false, "copying sends"), (true, "zero-copy sends")] {
         let mut real = || send(&near, &pool, zero_copy, &mut slots.borrow_mut());
         let mut bare = || {
-            cpu_ns(|| {
+            Used::by(|| {
                 for slot in &*slots.borrow() {
                     (&bare_near).write_all(slot.bytes()).expect("an open connection");
                 }
@@ -93,7 +93,7 @@ fn account() {
     let mut ledger = Ledger::new(BATCHES, BATCHES);
     let bytes = 1 << 18;
     let mut real = || {
-        cpu_ns(|| {
+        Used::by(|| {
             for slot in 0..BATCHES {
                 let ticket = ledger.begin(slot).expect("room for a slot");
                 let id = ledger.expect(ticket, SendKind::Plain, bytes).expect("room for a request");

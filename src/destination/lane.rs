@@ -10,6 +10,7 @@ use crate::page_set::PageSet;
 use crate::stream::reader::{Limits, Record, StreamReader};
 use crate::stream::records::{DomainHeader, GuestType, PageKind};
 use crate::sys::guest_memory::LaneWriter;
+use crate::sys::socket;
 
 /// A file for what is read from a connection.
 pub struct Capture(BufWriter<File>);
@@ -37,7 +38,9 @@ impl Input {
 }
 
 impl Read for Input {
+    /// Reads a record's head; its pages are read with `read_vectored`.
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        socket::acknowledge(&self.connection)?;
         let count = self.connection.read(into)?;
         if let Some(capture) = &mut self.capture {
             capture.0.write_all(&into[..count])?;
