@@ -224,13 +224,14 @@ def _running(command, words, **options):
         errors.close()
 
 
-def migrate(route, program, memory, mode, lanes, backing, before=None):
+def migrate(route, program, memory, mode, lanes, backing, before=None, options=("--policy=xen",)):
     """The report of one migration of an idle guest whose pages are full of random bytes; nothing is capped.
 
-    `before` has words to put before the commands that are the source's and the destination's migrator.
+    `before` has words to put before the commands that are the source's and the destination's migrator, and `options` are
+    more options of the former.
     """
     before = before or {"source": [], "destination": []}
-    options = {"preexec_fn": _without_huge_pages} if backing == "small" else {}
+    starting = {"preexec_fn": _without_huge_pages} if backing == "small" else {}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pagecast-throughput-"))
         stack.enter_context(pool_of(lanes, backing))
@@ -245,9 +246,9 @@ def migrate(route, program, memory, mode, lanes, backing, before=None):
                  f"--socket={folder}/here"]
         stack.enter_context(_running([*route.source, *guest], "guest running"))
         _wait_until_it_answers(f"{folder}/here")
-        send = [program, "send", "--json", "--policy=xen", f"--send={mode}", f"--lanes={lanes}",
+        send = [program, "send", "--json", *options, f"--send={mode}", f"--lanes={lanes}",
                 f"--socket={folder}/here", f"{route.address}:{port}"]
-        report = _report_of([*route.source, *before["source"], *send], 20 if route.far else 1, options)
+        report = _report_of([*route.source, *before["source"], *send], 20 if route.far else 1, starting)
     wanted = BACKINGS[backing]
     if wanted and report["slot_memory"] != wanted:
         fail(f"slots were asked for in {wanted} and came in {report['slot_memory']}; see `pagecast probe`")

@@ -179,7 +179,7 @@ impl<G: MovableGuest + ?Sized> Run<'_, G> {
         let context = self.live.guest.context(&domain, settings.verify);
         self.verify_cpu = cpu::thread_cpu_time().saturating_sub(cpu_before);
         let digested = Instant::now();
-        self.live.phase = Phase::HandOver;
+        self.live.enter(Phase::HandOver);
         let (ready, ready_at) = self.finish_stream(&context)?;
         let running = self.hand_over(destination, migration)?;
         // A guest that has moved away may have no log to end any more.

@@ -98,6 +98,7 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
         started: Instant,
         reason: &Reason,
     ) -> Result<Sent, MigrationError> {
+        self.enter(Phase::Precopy);
         let mut stop_reason = StopReason::NotLive;
         let mut live_writes_per_s = None;
         let mut line = None;
@@ -108,7 +109,7 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
             let after = self.guest.work_done().map_err(|source| at(Phase::Precopy, source))?;
             live_writes_per_s = writes_per_s(before, after);
         }
-        self.phase = Phase::Suspend;
+        self.enter(Phase::Suspend);
         let stopping = Instant::now();
         self.guest.suspend().map_err(|source| at(Phase::Suspend, source))?;
         let suspended = Instant::now();
@@ -119,7 +120,7 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
         let _ = order.send(Order::Final);
         // It stands still altogether; whoever lets it run again, and wherever, is to find it at full speed.
         self.throttle(0)?;
-        self.phase = Phase::FinalSend;
+        self.enter(Phase::FinalSend);
         let (scanned, final_pages) = self.await_final_set(lanes, &events)?;
         let (scanner, mappers, senders) = self.await_drained(lanes, started, reason)?;
         Ok(Sent {
@@ -135,6 +136,13 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
             mappers,
             senders,
         })
+    }
+
+    /// Goes over to `phase`, and says so at the USDT probe `pagecast:phase`, with its number from 0: prepare, pre-copy, suspend,
+    /// final send, hand-over. Where nobody listens that is one instruction that does nothing.
+    pub fn enter(&mut self, phase: Phase) {
+        probe::probe!(pagecast, phase, phase as u32);
+        self.phase = phase;
     }
 
     fn show(&mut self, lanes: &Lanes, started: Instant) {

@@ -66,16 +66,15 @@ struct Run<'a, G: SavableGuest + ?Sized> {
 
 impl<G: SavableGuest + ?Sized> Run<'_, G> {
     fn save(&mut self, lanes: &mut Lanes, live: bool) -> Result<Migration, MigrationError> {
-        self.live.phase = Phase::Prepare;
+        self.live.enter(Phase::Prepare);
         let head = self.live.guest.head().map_err(|source| at(Phase::Prepare, source))?;
         self.write(&head)?;
         if live {
             self.live.guest.set_log_dirty(true).map_err(|source| at(Phase::Prepare, source))?;
         }
-        self.live.phase = Phase::Precopy;
         let sent = self.live.run(lanes, live, Instant::now(), &str::to_owned)?;
         let drained = sent.drained;
-        self.live.phase = Phase::HandOver;
+        self.live.enter(Phase::HandOver);
         let tail = self.live.guest.tail().map_err(|source| at(Phase::HandOver, source))?;
         self.write(&tail)?;
         self.write(&end())?;

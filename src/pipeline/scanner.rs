@@ -337,6 +337,7 @@ impl Scanner {
         self.samples += 1;
         self.engine.on_sample(&Sample { at, dirty: &self.dirty });
         self.latencies.note(Stage::Tick, self.clock.elapsed() - at, 1);
+        probe::probe!(pagecast, sample, self.samples, self.dirty.len());
         let interval = at.saturating_sub(self.last_sample);
         self.rate.sample(self.shared.data_pages_sent(), self.shared.entries_sent(), interval);
         self.publish(interval);
