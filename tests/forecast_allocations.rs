@@ -1,33 +1,12 @@
 //! Memory is taken at the start: once an engine is made, no tick of any policy allocates.
 
+#[path = "../benches/stages/counting.rs"]
+mod counting;
+
 use pagecast::forecast::{Config, Engine, Link, Next, OnNoConvergence, Peek, PolicyKind, Sample};
 use pagecast::page::Pfn;
 use pagecast::page_set::PageSet;
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-
-/// The system's allocator, counting what is asked of it.
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller keeps the promises that the system's allocator asks for.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        // SAFETY: as above, and `block` came from the system's allocator.
-        unsafe { System.dealloc(block, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 struct NoPeek;
 
@@ -57,7 +36,7 @@ fn allocations_of(kind: PolicyKind) -> u64 {
     let mut out = Vec::with_capacity(4096);
     let mut link = Link { pages_per_s: 40_000.0, in_flight: 0, sent: 0 };
 
-    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    let before = counting::allocations();
     for tick in 1..=TICKS {
         // Scattered writes, and a run that moves.
         words.fill(0);
@@ -82,7 +61,7 @@ fn allocations_of(kind: PolicyKind) -> u64 {
         out.iter().take(3).for_each(|pfn| engine.note_zero(*pfn));
         engine.deferred();
     }
-    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let allocations = counting::allocations() - before;
     assert!(link.sent > NR_PAGES / 2, "{kind}: it was at work");
     allocations
 }

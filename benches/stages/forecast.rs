@@ -6,6 +6,7 @@ use std::time::Duration;
 use pagecast::forecast::{Config, Engine, Link, Next, OnNoConvergence, Peek, PolicyKind, Sample};
 use pagecast::page::Pfn;
 use pagecast::page_set::PageSet;
+use pagecast::pipeline::batch::BATCH_PAGES;
 
 use crate::{Used, measure, mix};
 
@@ -17,8 +18,6 @@ const INTERVAL: Duration = Duration::from_millis(50);
 /// 10 Gbit/s in pages with their headers, and what that carries in one interval.
 const PAGES_PER_S: f64 = 10e9 / 8.0 / 4104.25;
 const PAGES_PER_SAMPLE: usize = (PAGES_PER_S * 0.05) as usize;
-/// Pages asked for at a time, as the scanner does.
-const BATCH_PAGES: usize = 64;
 /// Different samples, taken in again and again.
 const SAMPLES: usize = 4;
 

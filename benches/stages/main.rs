@@ -5,14 +5,14 @@
 //! cache what the other has left there. CPU time of the thread is what counts: others may use the machine, though they take
 //! memory bandwidth and cache from it.
 
+mod counting;
 mod data_path;
 mod forecast;
 mod wire;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::ops::Mul;
-use std::sync::atomic::{AtomicU64, Ordering};
 
+use counting::allocations;
 use pagecast::sys::cpu::thread_cpu_time;
 
 /// Times that a stage and its bare operation are measured.
@@ -20,28 +20,6 @@ const REPEATS: usize = 31;
 
 /// One half of a case: works on so many pages and says what that took.
 type Half<'a> = &'a mut dyn FnMut() -> Used;
-
-/// The system's allocator, counting what is asked of it.
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller keeps the promises that the system's allocator asks for.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        // SAFETY: as above, and `block` came from the system's allocator.
-        unsafe { System.dealloc(block, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// What some work took of its thread. Only allocations are those of all threads; the others do nothing meanwhile.
 #[derive(Clone, Copy)]
@@ -54,11 +32,11 @@ struct Used {
 
 impl Used {
     fn by(work: impl FnOnce()) -> Used {
-        let began = (thread_cpu_time(), ALLOCATIONS.load(Ordering::Relaxed), faults());
+        let began = (thread_cpu_time(), allocations(), faults());
         work();
         Used {
             cpu_ns: (thread_cpu_time() - began.0).as_nanos() as f64,
-            allocations: (ALLOCATIONS.load(Ordering::Relaxed) - began.1) as f64,
+            allocations: (allocations() - began.1) as f64,
             faults: (faults() - began.2) as f64,
         }
     }
