@@ -2,7 +2,7 @@
 """What any migration has to do: a guest's size of memory through one TCP connection, each page touched once at each end.
 
 usage: bare.py receive ADDRESS BYTES    prints the port, then a line of JSON
-       bare.py send ADDRESS:PORT BYTES  prints a line of JSON
+       bare.py send ADDRESS:PORT BYTES [CONGESTION]  prints a line of JSON
 
 Unlike iperf3, which sends the same 128 KiB from its cache again and again and reads into the same buffer, the bytes come
 from memory and go to memory. No page is looked at, no page number is sent, nothing is tracked.
@@ -41,9 +41,12 @@ def receive(listener, into):
     return took
 
 
-def send(address, port, out_of):
+def send(address, port, congestion, out_of):
     """Sends all and waits until it has arrived; gives the seconds that it took."""
-    connection = socket.create_connection((address, int(port)))
+    connection = socket.socket()
+    if congestion:  # before it connects: under one that paces it goes on pacing for good
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+    connection.connect((address, int(port)))
     connection.recv(1)
     begun, at = time.monotonic(), 0
     while at < len(out_of):
@@ -54,12 +57,12 @@ def send(address, port, out_of):
 
 def main():
     """Is one end."""
-    what, where, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    what, where, size, *congestion = sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:]
     if what == "receive":
         listener = socket.create_server((where, 0))
         print("listening on port", listener.getsockname()[1], flush=True)
     block, before = memory(size), time.process_time()
-    took = receive(listener, block) if what == "receive" else send(*where.rsplit(":", 1), block)
+    took = receive(listener, block) if what == "receive" else send(*where.rsplit(":", 1), "".join(congestion), block)
     print(json.dumps({"bytes_per_s": size / took, "cpu_s_per_gb": (time.process_time() - before) / size * 1e9}))
 
 

@@ -147,6 +147,7 @@ def machine():
             "transparent": _chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
             "transparent_defrag": _chosen("/sys/kernel/mm/transparent_hugepage/defrag"),
         },
+        "congestion_control": _word("/proc/sys/net/ipv4/tcp_congestion_control", "unknown"),
         "mitigations": {path.name: _word(path, "unknown") for path in weaknesses},
         "revision": _revision(),
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

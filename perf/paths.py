@@ -5,7 +5,6 @@ is taken down when the `with` ends, however it ends.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -23,7 +22,6 @@ from common import ROOT, fail, need
 
 PORT = 7391
 SINK_ADDRESS = "10.94.0.2"
-PR_SET_THP_DISABLE = 41
 POOL = Path("/proc/sys/vm/nr_hugepages")
 # Pages of 2 MiB for the slots of one lane, 16 of 264 KiB each, with room to spare.
 POOL_PAGES_A_LANE = 8
@@ -31,7 +29,8 @@ PATIENCE_S = 60
 # Programs that run another one and write down what it did when it ends.
 WRAPPERS = ["perf", "strace"]
 # How `slot_memory` of a report reads for what was asked for.
-BACKINGS = {"as-is": None, "small": "4 KiB pages", "hugetlb": "hugetlb pages"}
+BACKINGS = {"as-is": None, "small": "4 KiB pages", "huge": "transparent huge pages", "hugetlb": "hugetlb pages"}
+SLOT_PAGES = {"as-is": "auto", "small": "small", "huge": "huge", "hugetlb": "huge"}
 
 
 @dataclass
@@ -153,11 +152,6 @@ def pool_of(lanes, backing):
             POOL.write_text(before)
 
 
-def _without_huge_pages():
-    """Runs in the child before the program: it and what it starts get no transparent huge pages."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
-
-
 # -- what is measured over a path -------------------------------------------------------------------------------------
 
 
@@ -224,14 +218,15 @@ def _running(command, words, **options):
         errors.close()
 
 
-def migrate(route, program, memory, mode, lanes, backing, before=None, options=("--policy=xen",)):
-    """The report of one migration of an idle guest whose pages are full of random bytes; nothing is capped.
+def migrate(route, program, memory, mode, lanes, backing, before=None, options=("--policy=xen",),
+            workload=("--workload=idle",)):
+    """The report of one migration of a guest whose pages are full of random bytes, idle unless `workload` says otherwise;
+    nothing is capped.
 
     `before` has words to put before the commands that are the source's and the destination's migrator, and `options` are
     more options of the former.
     """
     before = before or {"source": [], "destination": []}
-    starting = {"preexec_fn": _without_huge_pages} if backing == "small" else {}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pagecast-throughput-"))
         stack.enter_context(pool_of(lanes, backing))
@@ -242,13 +237,14 @@ def migrate(route, program, memory, mode, lanes, backing, before=None, options=(
             receive = route.stand_in or [*route.destination, *before["destination"], *receive]
             _, line = stack.enter_context(_running(receive, "listening"))
             port = line.strip().rpartition(":")[2]
-        guest = [program, "guest", "--die-with-parent", "--workload=idle", "--zero-share=0", f"--memory={memory}",
+        guest = [program, "guest", "--die-with-parent", *workload, "--zero-share=0", f"--memory={memory}",
                  f"--socket={folder}/here"]
         stack.enter_context(_running([*route.source, *guest], "guest running"))
         _wait_until_it_answers(f"{folder}/here")
-        send = [program, "send", "--json", *options, f"--send={mode}", f"--lanes={lanes}",
+        pages = [f"--slot-pages={SLOT_PAGES[backing]}"] if BACKINGS[backing] else []
+        send = [program, "send", "--json", *options, *pages, f"--send={mode}", f"--lanes={lanes}",
                 f"--socket={folder}/here", f"{route.address}:{port}"]
-        report = _report_of([*route.source, *before["source"], *send], 20 if route.far else 1, starting)
+        report = _report_of([*route.source, *before["source"], *send], 20 if route.far else 1)
     wanted = BACKINGS[backing]
     if wanted and report["slot_memory"] != wanted:
         fail(f"slots were asked for in {wanted} and came in {report['slot_memory']}; see `pagecast probe`")
@@ -265,12 +261,12 @@ def _wait_until_it_answers(path):
     fail(f"the guest at {path} does not listen")
 
 
-def _report_of(command, attempts, options):
+def _report_of(command, attempts):
     """The report of a migration; tried again while the far end is getting ready for the next one."""
     for attempt in range(attempts):
         if attempt:
             time.sleep(0.5)
-        done = subprocess.run(command, capture_output=True, text=True, **options)
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             lines = map(json.loads, done.stdout.splitlines())
             return next(line for line in lines if line["event"] == "report")
@@ -278,7 +274,7 @@ def _report_of(command, attempts, options):
     fail(f"{' '.join(map(str, command))} failed: {said[-1]}")
 
 
-def iperf3(route, lanes, zero_copy, seconds=2):
+def iperf3(route, lanes, zero_copy, congestion=None, seconds=2):
     """Bytes per second and CPU seconds per GB at each end of `lanes` streams of iperf3, the first second left out."""
     program = need("iperf3", "iperf3")
     port = str(PORT + 1)
@@ -287,7 +283,7 @@ def iperf3(route, lanes, zero_copy, seconds=2):
             server = [*route.destination, program, "-s", "-1", "--forceflush", "-p", port]
             stack.enter_context(_running(server, "listening"))
         client = [*route.source, program, "-c", route.address, "-p", port, "-t", str(seconds), "-O", "1", "-J",
-                  "-P", str(lanes), *(["-Z"] if zero_copy else [])]
+                  "-P", str(lanes), *(["-Z"] if zero_copy else []), *(["-C", congestion] if congestion else [])]
         done = subprocess.run(client, capture_output=True, text=True, timeout=PATIENCE_S)
     try:
         answer = json.loads(done.stdout)
@@ -304,13 +300,14 @@ def iperf3(route, lanes, zero_copy, seconds=2):
     }
 
 
-def bare(route, size):
+def bare(route, size, congestion=None):
     """The same figures of one connection that carries `size` bytes from memory to memory and does nothing else."""
     program = [sys.executable, str(ROOT / "perf" / "bare.py")]
     with contextlib.ExitStack() as stack:
         receiver = [*route.destination, *program, "receive", route.address, str(size)]
         receiving, line = stack.enter_context(_running(receiver, "listening"))
-        sender = [*route.source, *program, "send", f"{route.address}:{line.split()[-1]}", str(size)]
+        sender = [*route.source, *program, "send", f"{route.address}:{line.split()[-1]}", str(size),
+                  *([congestion] if congestion else [])]
         done = subprocess.run(sender, capture_output=True, text=True, timeout=PATIENCE_S)
         if done.returncode != 0:
             fail(f"bare.py over {route.name}: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")

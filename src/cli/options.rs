@@ -10,8 +10,8 @@ use crate::guest::arena::{Spec, Workload};
 use crate::guest::process::areas::Wanted;
 use crate::guest::process::tracker::{Choice, MOST_CHUNKS};
 use crate::page::PAGE_SIZE;
-use crate::pipeline::settings::{Pins, SendMode, Settings};
-use crate::sys::{cpu, memory_info};
+use crate::pipeline::settings::{Pins, SendMode, Settings, SlotPages};
+use crate::sys::{cpu, memory_info, socket};
 
 /// What kind of guest to start.
 #[derive(Args, Clone, Debug)]
@@ -94,6 +94,10 @@ pub struct MigrationOptions {
     /// How pages get onto the wire: direct, staged, copy or auto
     #[arg(long, default_value = "auto")]
     pub send: SendMode,
+    /// TCP congestion control of the connections, such as cubic or dctcp [default: the system's]. One that paces in software
+    /// (bbr) costs the sender a timer for every 64 KiB
+    #[arg(long, value_parser = congestion)]
+    pub congestion: Option<String>,
     /// Cores for the stages, such as map=0,scan=0,send=1 [default: by the number of cores]
     #[arg(long)]
     pub pin: Option<String>,
@@ -103,6 +107,9 @@ pub struct MigrationOptions {
     /// Slots of 264 KiB for each lane
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(4..=4096))]
     pub slots: u16,
+    /// What the slots are made of: small (4 KiB) or huge pages, or auto: small ones for zero-copy sends
+    #[arg(long, value_name = "PAGES", default_value = "auto")]
+    pub slot_pages: SlotPages,
     /// Idle stages burn their cores instead of sleeping
     #[arg(long)]
     pub spin: bool,
@@ -115,6 +122,14 @@ pub struct Rate(pub Option<u64>);
 /// For clap.
 pub fn parse_rate(text: &str) -> Result<Rate, String> {
     units::rate(text).map(Rate)
+}
+
+/// For clap.
+fn congestion(name: &str) -> Result<String, String> {
+    socket::check_congestion(name).map_err(|error| {
+        format!("the kernel refuses it ({error}); it has those of sysctl net.ipv4.tcp_available_congestion_control")
+    })?;
+    Ok(name.to_owned())
 }
 
 impl MigrationOptions {
@@ -151,10 +166,12 @@ impl MigrationOptions {
             sample_share: None,
             bandwidth: self.bandwidth.0,
             send: self.send,
+            congestion: self.congestion.clone(),
             lanes,
             pins,
             spin: self.spin,
             slots: usize::from(self.slots),
+            slot_pages: self.slot_pages,
             verify,
         })
     }

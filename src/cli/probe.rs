@@ -122,11 +122,26 @@ fn io_uring() -> Vec<(&'static str, String)> {
     let has = |there: bool, since: &str| if there { "yes".to_owned() } else { format!("no (Linux {since})") };
     vec![
         ("io_uring", format!("SEND {}, SENDMSG {}", has(opcodes.send, "5.6"), has(opcodes.sendmsg, "5.3"))),
+        ("TCP congestion control", congestion()),
         (
             "zero-copy sends",
             format!("SEND_ZC {}, SENDMSG_ZC {}", has(opcodes.send_zc, "6.0"), has(opcodes.sendmsg_zc, "6.1")),
         ),
     ]
+}
+
+/// The system's. Of those that come with Linux only bbr paces by itself.
+fn congestion() -> String {
+    match std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control") {
+        Ok(name) if name.trim().starts_with("bbr") => {
+            format!(
+                "{}, which costs the sender a timer for every 64 KiB; --congestion cubic has none",
+                name.trim()
+            )
+        }
+        Ok(name) => name.trim().to_owned(),
+        Err(error) => format!("not told: {error}"),
+    }
 }
 
 fn slots() -> String {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use super::report_file::PathTemplate;
 use crate::cli::units;
 use crate::forecast::{OnNoConvergence, PolicyKind};
-use crate::pipeline::settings::{Pins, SendMode, Settings};
+use crate::pipeline::settings::{Pins, SendMode, Settings, SlotPages};
 use crate::sys::cpu;
 
 /// The file, unless `PAGECAST_CONFIG` names another.
@@ -143,11 +143,13 @@ impl Options {
             sample_share: Some(0.02),
             bandwidth: None,
             send: SendMode::Auto,
+            congestion: None,
             // The stream is one descriptor.
             lanes: 1,
             pins: Pins::among(cores, 1),
             spin: false,
             slots: 16,
+            slot_pages: SlotPages::Auto,
             verify: false,
         };
         Options { settings, window_bytes: 1 << 30, report: None, summary: None, stock_helper: None }

@@ -76,7 +76,7 @@ fn connect<G: MovableGuest + ?Sized>(
     let unreachable = |source| MigrationError::Connect { destination: destination.to_owned(), source };
     let mut connections = Vec::with_capacity(settings.lanes);
     for lane in 0..settings.lanes {
-        let connection = dial(destination).map_err(unreachable)?;
+        let connection = dial(destination, settings.congestion.as_deref()).map_err(unreachable)?;
         connection
             .set_nodelay(true)
             .and_then(|()| socket::set_user_timeout(&connection, UNACKNOWLEDGED))
@@ -115,10 +115,10 @@ fn connect<G: MovableGuest + ?Sized>(
 }
 
 /// Connects to the first of a name's addresses that answers.
-fn dial(destination: &str) -> io::Result<TcpStream> {
+fn dial(destination: &str, congestion: Option<&str>) -> io::Result<TcpStream> {
     let mut last = io::Error::other("the name has no address");
     for address in destination.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, DIAL_TIMEOUT) {
+        match socket::connect(&address, DIAL_TIMEOUT, congestion) {
             Ok(connection) => return Ok(connection),
             Err(error) => last = error,
         }
@@ -170,9 +170,8 @@ impl<G: MovableGuest + ?Sized> Run<'_, G> {
         for connection in &self.connections {
             self.write(connection, &stream_head(&domain))?;
         }
-        let connections = self.connections.clone();
-        let sent = self.live.run(lanes, true, Instant::now(), &|noticed| said_or(&connections, noticed))?;
-        let drained = sent.drained;
+        let sent = self.live.run(lanes, true, Instant::now())?;
+        let all_sent = sent.sent;
 
         let settings = self.live.settings;
         let cpu_before = cpu::thread_cpu_time();
@@ -187,11 +186,12 @@ impl<G: MovableGuest + ?Sized> Run<'_, G> {
 
         let verify_there = Duration::from_nanos(ready.verify_ns);
         let ending = Ending {
-            verify: (digested - drained) + verify_there,
+            verify: (digested - all_sent) + verify_there,
             hand_over: (ready_at - digested).saturating_sub(verify_there),
             resume: running - ready_at,
         };
         let mut migration = sent.migration(lanes, settings, &ending);
+        migration.congestion = socket::congestion(&self.connections[0]).ok();
         migration.cpu.receive = Duration::from_nanos(ready.cpu_ns);
         migration.verified_pages = ready.verified;
         Ok(migration)
@@ -281,7 +281,7 @@ mod tests {
     use crate::forecast::PolicyKind;
     use crate::guest::{DirtyLog, GuestControl, GuestError, PageSource};
     use crate::pipeline::outcome::Progress;
-    use crate::pipeline::settings::{Pins, SendMode};
+    use crate::pipeline::settings::{Pins, SendMode, SlotPages};
 
     /// A guest that cannot be slowed down, and that nobody is to touch.
     struct Untouchable;
@@ -338,10 +338,12 @@ mod tests {
             sample_share: None,
             bandwidth: None,
             send: SendMode::Auto,
+            congestion: None,
             lanes: 1,
             pins: Pins::among(&[0], 1),
             spin: false,
             slots: 16,
+            slot_pages: SlotPages::Auto,
             verify: false,
         };
         let never = AtomicBool::new(false);

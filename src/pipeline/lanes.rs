@@ -15,7 +15,7 @@ use super::outlet::Outlet;
 use super::ring::{Consumer, Producer, ring};
 use super::scanner::{self, Event, Order, Scanner, ScannerReport};
 use super::sender::{SendError, Sender, SenderReport, SenderSetup};
-use super::settings::{SendMode, Settings};
+use super::settings::{SendMode, Settings, SlotPages};
 use super::shared::Shared;
 use super::slots::{Slot, SlotPool};
 use super::writer::{Writer, WriterSetup};
@@ -85,14 +85,12 @@ pub struct Lanes {
     pipe: Option<Arc<StreamOut>>,
 }
 
-/// What the threads leave behind. The first sender that broke says what happened.
-pub struct Joined {
+/// What the threads in front of the senders leave behind.
+pub struct Fed {
     /// The scanner's report, if it was started.
     pub scanner: Option<ScannerReport>,
     /// The mappers' reports.
     pub mappers: Vec<MapperReport>,
-    /// The senders' reports.
-    pub senders: Result<Vec<SenderReport>, SendError>,
 }
 
 impl Lanes {
@@ -115,7 +113,13 @@ impl Lanes {
         let mut lanes = Vec::with_capacity(outlets.len());
         let mut backing = Backing::Small;
         for (index, outlet) in outlets.iter().enumerate() {
-            let memory = SlotMemory::new(settings.slots * slot_bytes())
+            let small = match settings.slot_pages {
+                SlotPages::Auto => zero_copy,
+                SlotPages::Small => true,
+                SlotPages::Huge => false,
+            };
+            let bytes = settings.slots * slot_bytes();
+            let memory = if small { SlotMemory::small(bytes) } else { SlotMemory::new(bytes) }
                 .map_err(|error| MigrationError::Setup(error.to_string()))?;
             let (pool, slots) = SlotPool::new(memory, slot_bytes())
                 .map_err(|error| MigrationError::Setup(error.to_string()))?;
@@ -219,20 +223,23 @@ impl Lanes {
         Ok(Line { order, events })
     }
 
-    /// Whether every sender has ended.
-    pub fn are_drained(&self) -> bool {
-        self.lanes.iter().all(|lane| lane.sender.is_finished())
-    }
-
-    /// Waits for all threads.
-    pub fn join(&mut self) -> Joined {
+    /// Waits for scanner and mappers, which end when the last page is in a slot or the migration is aborted.
+    pub fn join_feeders(&mut self) -> Fed {
         let scanner = self.scanner.take().map(join);
         let mut mappers = Vec::new();
+        for lane in &mut self.lanes {
+            // A mapper that never started holds ring ends that its sender waits for.
+            drop(lane.mapper.take());
+            mappers.extend(lane.mapping.take().map(join));
+        }
+        Fed { scanner, mappers }
+    }
+
+    /// Waits for the senders, once the feeders are joined: until the kernel has let go of all that was sent. The first that
+    /// broke says what happened.
+    pub fn join_senders(&mut self) -> Result<Vec<SenderReport>, SendError> {
         let mut senders = Ok(Vec::new());
         for lane in self.lanes.drain(..) {
-            // A mapper that never started holds ring ends that its sender waits for.
-            drop(lane.mapper);
-            mappers.extend(lane.mapping.map(join));
             match (join(lane.sender), &mut senders) {
                 (Ok(report), Ok(reports)) => reports.push(report),
                 (Err(error), Ok(_)) => senders = Err(error),
@@ -240,7 +247,7 @@ impl Lanes {
                 (_, Err(_)) => {}
             }
         }
-        Joined { scanner, mappers, senders }
+        senders
     }
 }
 

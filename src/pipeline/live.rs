@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use super::lanes::{Joined, Lanes, Line};
+use super::lanes::{Fed, Lanes, Line};
 use super::latency::Latencies;
 use super::mapper::MapperReport;
 use super::outcome::{Bound, CpuTimes, Downtime, Migration, MigrationError, Phase, Progress};
@@ -51,15 +51,14 @@ pub struct Sent {
     stopping: Instant,
     suspended: Instant,
     scanned: Instant,
-    /// When the last page was on the wire and let go.
-    pub drained: Instant,
+    /// When the last page was on the socket.
+    pub sent: Instant,
     started: Instant,
     stop_reason: StopReason,
     final_pages: u64,
     live_writes_per_s: Option<f64>,
     scanner: ScannerReport,
     mappers: Vec<MapperReport>,
-    senders: Vec<SenderReport>,
 }
 
 /// The times after the last page, as the caller measured them.
@@ -91,13 +90,7 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
 
     /// Sends all pages: `live`, with its dirty log on, until the policy wants to stop, and then what is left with the guest
     /// suspended; else all of them with the guest suspended.
-    pub fn run(
-        &mut self,
-        lanes: &mut Lanes,
-        live: bool,
-        started: Instant,
-        reason: &Reason,
-    ) -> Result<Sent, MigrationError> {
+    pub fn run(&mut self, lanes: &mut Lanes, live: bool, started: Instant) -> Result<Sent, MigrationError> {
         self.enter(Phase::Precopy);
         let mut stop_reason = StopReason::NotLive;
         let mut live_writes_per_s = None;
@@ -122,19 +115,18 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
         self.throttle(0)?;
         self.enter(Phase::FinalSend);
         let (scanned, final_pages) = self.await_final_set(lanes, &events)?;
-        let (scanner, mappers, senders) = self.await_drained(lanes, started, reason)?;
+        let (scanner, mappers) = self.await_sent(lanes, started)?;
         Ok(Sent {
             stopping,
             suspended,
             scanned,
-            drained: Instant::now(),
+            sent: Instant::now(),
             started,
             stop_reason,
             final_pages,
             live_writes_per_s,
             scanner,
             mappers,
-            senders,
         })
     }
 
@@ -229,16 +221,14 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
         }
     }
 
-    /// Waits until the last page is on the wire and let go.
-    #[allow(clippy::type_complexity)]
-    fn await_drained(
+    /// Waits until the last page is on the socket.
+    fn await_sent(
         &mut self,
         lanes: &mut Lanes,
         started: Instant,
-        reason: &Reason,
-    ) -> Result<(ScannerReport, Vec<MapperReport>, Vec<SenderReport>), MigrationError> {
+    ) -> Result<(ScannerReport, Vec<MapperReport>), MigrationError> {
         let mut shown = Instant::now();
-        while !lanes.are_drained() {
+        while !lanes.shared.all_sent() {
             self.look(lanes)?;
             if shown.elapsed() > LOOK {
                 self.show(lanes, started);
@@ -246,12 +236,8 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
             }
             std::thread::sleep(Duration::from_micros(200));
         }
-        let Joined { scanner, mappers, senders } = lanes.join();
-        match (scanner, senders) {
-            (Some(scanner), Ok(senders)) => Ok((scanner, mappers, senders)),
-            (_, Err(error)) => Err(self.send_failed(&error, reason)),
-            (None, Ok(_)) => Err(self.broken()),
-        }
+        let Fed { scanner, mappers } = lanes.join_feeders();
+        Ok((scanner.ok_or_else(|| self.broken())?, mappers))
     }
 
     fn send_failed(&self, cause: &SendError, reason: &Reason) -> MigrationError {
@@ -264,7 +250,8 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
     /// says what a thread said of it.
     pub fn call_off(&mut self, lanes: &mut Lanes, error: MigrationError, reason: &Reason) -> MigrationError {
         lanes.shared.abort();
-        let error = match (error, lanes.join().senders) {
+        lanes.join_feeders();
+        let error = match (error, lanes.join_senders()) {
             (MigrationError::Send { .. }, Err(cause)) if !matches!(cause, SendError::Aborted) => {
                 self.send_failed(&cause, reason)
             }
@@ -279,28 +266,31 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
 
 impl Sent {
     /// What the threads' stages took, taken together.
-    fn latencies(&self) -> Latencies {
+    fn latencies(&self, senders: &[SenderReport]) -> Latencies {
         let mut all = self.scanner.latencies.clone();
         self.mappers.iter().for_each(|mapper| all.add(&mapper.latencies));
-        self.senders.iter().for_each(|sender| all.add(&sender.latencies));
+        senders.iter().for_each(|sender| all.add(&sender.latencies));
         all
     }
 
-    /// The figures of the migration that this was the heart of, on `lanes`. It ended as `ending` says.
-    pub fn migration(self, lanes: &Lanes, settings: &Settings, ending: &Ending) -> Migration {
-        let Sent { scanner, mappers, senders, .. } = &self;
+    /// The figures of the migration that this was the heart of, on `lanes`. It ended as `ending` says. Waits until the kernel has
+    /// let go of what was sent.
+    pub fn migration(self, lanes: &mut Lanes, settings: &Settings, ending: &Ending) -> Migration {
+        // All was received, so that what breaks now takes away figures and nothing else.
+        let senders = &lanes.join_senders().unwrap_or_default();
+        let Sent { scanner, mappers, .. } = &self;
         let shared = &lanes.shared;
         let downtime = Downtime {
             suspend: self.suspended - self.stopping,
             final_scan: self.scanned - self.suspended,
-            final_send: self.drained - self.scanned,
+            final_send: self.sent - self.scanned,
             verify: ending.verify,
             hand_over: ending.hand_over,
             resume: ending.resume,
         };
         Migration {
             prepare: Duration::ZERO,
-            total: (self.drained - self.started) + ending.hand_over + ending.resume,
+            total: (self.sent - self.started) + ending.hand_over + ending.resume,
             downtime,
             t_star: bound(settings, scanner, mappers),
             pages: scanner.engine.pages(),
@@ -318,6 +308,7 @@ impl Sent {
             slot_backing: lanes.backing.to_string(),
             registered: senders.iter().all(|sender| sender.registered),
             send: lanes.send,
+            congestion: None,
             stop_reason: self.stop_reason,
             convergence: scanner.engine.convergence().clone(),
             cpu: CpuTimes {
@@ -332,7 +323,7 @@ impl Sent {
             link_pages_per_s: scanner.pages_per_s,
             forecast_bytes: scanner.engine.state_bytes(),
             verified_pages: 0,
-            latencies: self.latencies(),
+            latencies: self.latencies(senders),
             live_writes_per_s: self.live_writes_per_s,
         }
     }

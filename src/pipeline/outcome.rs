@@ -147,6 +147,8 @@ pub struct Migration {
     pub registered: bool,
     /// How pages got onto the wire: "direct", "staged" or "copy", or "writev" into a pipe or a file.
     pub send: &'static str,
+    /// The TCP congestion control of the connections, where they are such.
+    pub congestion: Option<String>,
     /// Why pre-copy ended.
     pub stop_reason: StopReason,
     /// How far the budget was away, and what was done about it.

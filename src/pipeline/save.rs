@@ -72,13 +72,13 @@ impl<G: SavableGuest + ?Sized> Run<'_, G> {
         if live {
             self.live.guest.set_log_dirty(true).map_err(|source| at(Phase::Prepare, source))?;
         }
-        let sent = self.live.run(lanes, live, Instant::now(), &str::to_owned)?;
-        let drained = sent.drained;
+        let sent = self.live.run(lanes, live, Instant::now())?;
+        let all_sent = sent.sent;
         self.live.enter(Phase::HandOver);
         let tail = self.live.guest.tail().map_err(|source| at(Phase::HandOver, source))?;
         self.write(&tail)?;
         self.write(&end())?;
-        let ending = Ending { hand_over: drained.elapsed(), ..Ending::default() };
+        let ending = Ending { hand_over: all_sent.elapsed(), ..Ending::default() };
         if live {
             // It is of no use any more, whether or not it can be ended.
             let _ = self.live.guest.set_log_dirty(false);

@@ -12,6 +12,7 @@ use super::batch::{BATCH_PAGES, Batch};
 use super::cadence::Cadence;
 use super::clock::Clock;
 use super::dealer::{Dealer, Obstacle};
+use super::lanes::BATCH_RING;
 use super::latency::{Latencies, Stage};
 use super::link_rate::LinkRate;
 use super::log_peek::{LogPeek, Peeks};
@@ -33,6 +34,9 @@ const WINDOW: Duration = Duration::from_millis(20);
 /// the time that counts, a pipeline that takes longer than that from end to end would be measured slower than it is, be given
 /// less, and be measured slower still. (Seen on emulated hosts: a third of what the link carries, in batches of 16 pages.)
 const LEAST_WINDOW: f64 = 256.0;
+
+/// What full rings hold may be pages of zeroes, which go much faster than the link is.
+const LONGEST_RING_REST: Duration = Duration::from_micros(200);
 
 /// Bytes on the wire for a page with data: itself, its entry, and its share of the record's header.
 pub const WIRE_BYTES_PER_PAGE: f64 = PAGE_SIZE as f64 + 8.0 + 16.0 / BATCH_PAGES as f64;
@@ -254,7 +258,9 @@ impl Scanner {
             Fed::Pages => return Ok(Step::Worked),
             // Far more than this is on its way; a few long naps cost less than many short ones.
             Fed::WindowFull => return Ok(Step::Rest((WINDOW / 4).min(self.next_sample.saturating_sub(now)))),
-            Fed::RingFull => {}
+            Fed::RingFull => {
+                return Ok(Step::Rest(self.ring_rest().min(self.next_sample.saturating_sub(now))));
+            }
             Fed::RoundEnd => {
                 self.state = State::RoundOver;
                 self.rate.note_idle();
@@ -288,6 +294,12 @@ impl Scanner {
         let ends = !matches!(event, Event::Throttle(_));
         let _ = self.events.send(event);
         ends
+    }
+
+    /// How long to leave full rings alone: the mappers have enough to do for four times as long, at the speed of the link.
+    fn ring_rest(&self) -> Duration {
+        let pages = (BATCH_RING / 4 * BATCH_PAGES) as f64;
+        Duration::from_secs_f64(pages / self.rate.pages_per_s().max(1.0)).min(LONGEST_RING_REST)
     }
 
     /// Pages handed out and not yet sent.
@@ -419,7 +431,7 @@ impl Scanner {
     fn deal_last(&mut self) -> Step {
         match self.dealer.deal_last() {
             Ok(true) => Step::Done,
-            Ok(false) => Step::Wait(Duration::MAX),
+            Ok(false) => Step::Rest(self.ring_rest()),
             Err(_) => {
                 // The mapper says why itself.
                 self.shared.abort();

@@ -7,6 +7,7 @@
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, FilledSlot};
@@ -219,6 +220,8 @@ impl Sender {
                 Err(PopError::Closed) => break,
             }
         }
+        // Nobody has to wait for the notifications, which come when the other side acknowledges.
+        self.shared.lanes[self.setup.lane].all_sent.store(true, Ordering::Release);
         while self.ledger.requests_in_flight() > 0 {
             if self.shared.is_aborted() {
                 return Err(SendError::Aborted);

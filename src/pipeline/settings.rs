@@ -45,6 +45,30 @@ impl FromStr for SendMode {
     }
 }
 
+/// What slots are to be made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotPages {
+    /// 4 KiB pages for zero-copy sends, huge pages for the others.
+    Auto,
+    /// 4 KiB pages.
+    Small,
+    /// Huge pages, if there are any.
+    Huge,
+}
+
+impl FromStr for SlotPages {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "auto" => Ok(SlotPages::Auto),
+            "small" => Ok(SlotPages::Small),
+            "huge" => Ok(SlotPages::Huge),
+            _ => Err(format!("there are no {name:?} pages; choose auto, small or huge")),
+        }
+    }
+}
+
 /// Cores for the threads of each stage; a lane takes the core at its number, counted round.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pins {
@@ -139,6 +163,8 @@ pub struct Settings {
     pub bandwidth: Option<u64>,
     /// How pages get onto the wire.
     pub send: SendMode,
+    /// The TCP congestion control of the connections; None: the system's.
+    pub congestion: Option<String>,
     /// Connections, each with a mapper and a sender.
     pub lanes: usize,
     /// Where the threads run.
@@ -147,6 +173,8 @@ pub struct Settings {
     pub spin: bool,
     /// Slots of each lane.
     pub slots: usize,
+    /// What the slots are made of.
+    pub slot_pages: SlotPages,
     /// Compare every page at the switch-over, with the guest stopped.
     pub verify: bool,
 }

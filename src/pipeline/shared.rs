@@ -18,6 +18,8 @@ pub struct LaneProgress {
     pub bytes: AtomicU64,
     /// Pages handed out that were not there.
     pub absent: AtomicU64,
+    /// The lane's last byte is on the socket or in the pipe. Zero-copy sends may still refer to slots and guest memory.
+    pub all_sent: AtomicBool,
 }
 
 impl LaneProgress {
@@ -88,6 +90,11 @@ impl Shared {
         self.lanes.iter().map(|lane| lane.data_pages.load(Ordering::Relaxed)).sum()
     }
 
+    /// Whether every lane's last byte is on its socket.
+    pub fn all_sent(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.all_sent.load(Ordering::Acquire))
+    }
+
     /// Bytes sent, over all lanes.
     pub fn bytes_sent(&self) -> u64 {
         self.lanes.iter().map(|lane| lane.bytes.load(Ordering::Relaxed)).sum()
@@ -112,7 +119,7 @@ pub enum Step {
     Done,
 }
 
-/// How a stage waits for work: in naps that grow from 20 microseconds to half a millisecond, so that a busy
+/// How a stage waits for work: in naps that grow from 40 microseconds to half a millisecond, so that a busy
 /// pipeline reacts at once and a throttled one hardly uses its cores. The longest is far less than the rings and
 /// slots hold: at 2.5 GB/s the 16 slots of a lane are 1.7 ms of work.
 ///
@@ -129,7 +136,7 @@ pub struct Idle {
 }
 
 impl Idle {
-    const SHORTEST: Duration = Duration::from_micros(20);
+    const SHORTEST: Duration = Duration::from_micros(40);
     const LONGEST: Duration = Duration::from_micros(500);
     const LONGEST_WHEN_SLOW: Duration = Duration::from_millis(4);
 

@@ -4,6 +4,7 @@
 
 use std::io::IoSlice;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::batch::FilledSlot;
@@ -89,7 +90,10 @@ impl Writer {
                     self.write(&mut slots)?;
                 }
                 Err(PopError::Empty) => idle.wait(Duration::MAX),
-                Err(PopError::Closed) => return Ok(()),
+                Err(PopError::Closed) => {
+                    self.shared.lanes[self.setup.lane].all_sent.store(true, Ordering::Release);
+                    return Ok(());
+                }
             }
         }
     }

@@ -147,6 +147,7 @@ pub fn figures(policy: PolicyKind, budget_ms: f64, m: &Migration) -> Value {
         "send_calls": m.send_calls,
         "buffers_registered": m.registered,
         "slot_memory": m.slot_backing,
+        "congestion_control": m.congestion,
         "stop_reason": m.stop_reason.to_string(),
         "converged": m.converged(budget_ms),
         "samples": m.samples,

@@ -124,7 +124,8 @@ fn how_text(report: &Report) -> String {
         (_, true) => "registered buffers",
         (_, false) => "but the buffers cannot be registered (ulimit -l): copying sends",
     };
-    format!("{}, {registered}; slots in {}", m.send, m.slot_backing)
+    let congestion = m.congestion.iter().map(|name| format!("; TCP {name}")).collect::<String>();
+    format!("{}, {registered}; slots in {}{congestion}", m.send, m.slot_backing)
 }
 
 fn cpu_text(report: &Report) -> String {

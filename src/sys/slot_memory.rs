@@ -1,7 +1,9 @@
 //! The memory that slots are cut from: one contiguous, page-aligned block, in huge pages where there are any.
 //!
-//! Why huge: the kernel pins and maps a registered buffer by folio, and from 2 MiB pages a zero-copy send of 256 KiB
-//! is one fragment in place of 64. What always holds: every page is there before the first slot is used, so nothing
+//! Huge pages save the mapper TLB misses. For zero-copy sends from registered buffers they are no good: TCP counts a fragment of
+//! a registered 2 MiB page from that page's beginning (`io_sg_from_iter` in the kernel, Linux 6.18 among others), so 64 KiB
+//! weigh 1 MiB in the mean, a send buffer is full with a tenth of what it could hold, and at most 400 KB are on their way at
+//! a time (docs/data-path.md). [`SlotMemory::small`] is for those. What always holds: every page is there before the first slot is used, so nothing
 //! faults on the hot path and a shortage shows at start; [`SlotMemory::backing`] says what the kernel gave, not what
 //! it was asked for; a child process and a core dump get none of it, for it holds the guest's memory.
 
@@ -97,8 +99,20 @@ impl SlotMemory {
         let len = bytes.next_multiple_of(SMALL_PAGE);
         match Self::from_hugetlb_pool(len) {
             Some(memory) => Ok(memory),
-            None => Self::from_ordinary_pages(len),
+            None => Self::from_ordinary_pages(len, len >= HUGE_PAGE),
         }
+    }
+
+    /// A block of `bytes`, rounded up to whole 4 KiB pages, in pages of that size.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn small(bytes: usize) -> Result<Self, SlotMemoryError> {
+        if bytes == 0 || bytes > MAX_BYTES {
+            return Err(SlotMemoryError::Size { bytes });
+        }
+        Self::from_ordinary_pages(bytes.next_multiple_of(SMALL_PAGE), false)
     }
 
     /// The first byte of the block.
@@ -147,17 +161,16 @@ impl SlotMemory {
         Some(memory)
     }
 
-    /// The second and third rungs: aligned memory, with huge pages asked for if one fits, and a look at what came.
-    fn from_ordinary_pages(len: usize) -> Result<Self, SlotMemoryError> {
+    /// The second and third rungs: aligned memory, with `huge` pages asked for or refused, and a look at what came.
+    fn from_ordinary_pages(len: usize, huge: bool) -> Result<Self, SlotMemoryError> {
         let refused = |step| move |source| SlotMemoryError::Refused { step, bytes: len, source };
-        let page = if len >= HUGE_PAGE { HUGE_PAGE } else { SMALL_PAGE };
+        let page = if huge { HUGE_PAGE } else { SMALL_PAGE };
         let mapped = len.next_multiple_of(page);
         let mut memory = Self::reserve(len, mapped, page).map_err(refused("map"))?;
         keep_private(memory.base, mapped).map_err(refused("prepare"))?;
-        if page == HUGE_PAGE {
-            // A kernel without transparent huge pages says EINVAL. What came is found out below in any case.
-            let _ = advise(memory.base, mapped, libc::MADV_HUGEPAGE);
-        }
+        // A kernel without transparent huge pages says EINVAL. What came is found out below in any case.
+        let wish = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+        let _ = advise(memory.base, mapped, wish);
         populate(memory.base, mapped).map_err(refused("populate"))?;
         if let Ok(smaps) = fs::read_to_string("/proc/self/smaps") {
             memory.huge_bytes = anon_huge_bytes(&smaps, memory.base.addr().get()).unwrap_or(0).min(len);
@@ -307,6 +320,13 @@ mod tests {
         assert_eq!((memory.len(), memory.as_ptr().addr() % HUGE_PAGE), (2 * HUGE_PAGE + SMALL_PAGE, 0));
         let all_huge = memory.huge_bytes() == memory.len();
         assert_eq!(all_huge, memory.backing() != Backing::Small);
+    }
+
+    #[test]
+    fn a_small_block_has_no_huge_page_however_large_it_is() {
+        let memory = SlotMemory::small(4 * HUGE_PAGE).unwrap();
+        assert_eq!((memory.backing(), memory.huge_bytes()), (Backing::Small, 0));
+        assert!(matches!(SlotMemory::small(0), Err(SlotMemoryError::Size { .. })));
     }
 
     #[test]

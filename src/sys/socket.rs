@@ -1,9 +1,34 @@
 //! Socket calls that std does not have.
 
 use std::io;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
+
+use rustix::net::sockopt;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+/// Connects within `patience`, under the TCP congestion control `congestion` from the first packet on. It cannot be chosen later:
+/// a socket that has once been under one which paces in software (bbr) goes on pacing, a timer for every 64 KiB.
+pub fn connect(address: &SocketAddr, patience: Duration, congestion: Option<&str>) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(*address), Type::STREAM, Some(Protocol::TCP))?;
+    if let Some(name) = congestion {
+        sockopt::set_tcp_congestion(&socket, name)?;
+    }
+    socket.connect_timeout(&SockAddr::from(*address), patience)?;
+    Ok(socket.into())
+}
+
+/// Errs if a connection cannot be put under the congestion control `name`, whose module the kernel looks for if it is allowed to.
+pub fn check_congestion(name: &str) -> io::Result<()> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+    Ok(sockopt::set_tcp_congestion(&socket, name)?)
+}
+
+/// The congestion control of a connection.
+pub fn congestion(stream: &TcpStream) -> io::Result<String> {
+    Ok(sockopt::tcp_congestion(stream)?)
+}
 
 /// Cuts a TCP connection at once: what is unsent is dropped, and with it the kernel's hold on the pages it was to
 /// be sent from. The other side sees a reset.
@@ -18,17 +43,16 @@ pub fn disconnect(stream: &TcpStream) -> io::Result<()> {
 /// Acknowledges now what was read, and does not wait 40 to 200 ms for an answer to put that on: the other side's zero-copy
 /// sends keep their pages until then, and its last ones are in the downtime.
 pub fn acknowledge(stream: &TcpStream) -> io::Result<()> {
-    Ok(rustix::net::sockopt::set_tcp_quickack(stream, true)?)
+    Ok(sockopt::set_tcp_quickack(stream, true)?)
 }
 
 /// Gives a connection up when what was sent has not been acknowledged for `patience`.
 pub fn set_user_timeout(stream: &TcpStream, patience: Duration) -> io::Result<()> {
-    Ok(rustix::net::sockopt::set_tcp_user_timeout(stream, patience.as_millis() as u32)?)
+    Ok(sockopt::set_tcp_user_timeout(stream, patience.as_millis() as u32)?)
 }
 
 /// Has the kernel notice within half a minute that the other side's host is gone, even while nothing is sent.
 pub fn watch_for_death(stream: &TcpStream) -> io::Result<()> {
-    use rustix::net::sockopt;
     sockopt::set_tcp_keepidle(stream, Duration::from_secs(10))?;
     sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
     sockopt::set_tcp_keepcnt(stream, 4)?;
