@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = f"perf/{Path(sys.argv[0]).name}"
 # Rounds of the spin loop: some tens of milliseconds, long enough to meet whoever else wants the core.
 SPIN_ROUNDS = 400_000
+# A look at whether the machine is at rest.
+SETTLE_S = 0.05
 # The share of CPU time that the hypervisor may take away before nothing can be concluded.
 STEAL_LIMIT = 0.02
 # What intervals aim to cover; with fewer than six pairs it cannot be had, and they say what they reach.
@@ -184,6 +186,20 @@ def _spin():
     return time.perf_counter() - wall, time.process_time() - used
 
 
+def _settle():
+    """Waits until nothing goes on, a second at most.
+
+    The kernel gives back the memory of a guest that has ended, and what a ring held of it, behind the guest's end: work of
+    our own that would look like somebody else's.
+    """
+    for _ in range(int(1 / SETTLE_S)):
+        before = _processor_ticks()
+        time.sleep(SETTLE_S)
+        busy, _, total = (now - then for now, then in zip(_processor_ticks(), before))
+        if busy <= 1 or busy < 0.05 * total:
+            return
+
+
 class Noise:
     """Whether the machine stood still enough while something was measured.
 
@@ -210,6 +226,7 @@ class Noise:
 
     def _time(self):
         """One look at how fast the machine is and what else goes on."""
+        _settle()
         before = _processor_ticks()
         times = [_spin() for _ in range(3)]  # three: the ticks of /proc/stat are 10 ms
         after = _processor_ticks()
