@@ -91,7 +91,7 @@ pub struct MigrationOptions {
     /// Connections, each with a mapper and a sender
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub lanes: u16,
-    /// How pages get onto the wire: direct, staged, copy or auto
+    /// How pages get onto the wire: direct, staged, staged-copy, copy or auto
     #[arg(long, default_value = "auto")]
     pub send: SendMode,
     /// TCP congestion control of the connections, such as cubic or dctcp [default: the system's]. One that paces in software

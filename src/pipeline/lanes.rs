@@ -273,6 +273,7 @@ fn choose(wanted: SendMode, sendable: bool) -> Result<(MapMode, bool, &'static s
         }
         SendMode::Direct => direct.map(|()| (MapMode::Reference, true, "direct")),
         SendMode::Staged => staged.map(|()| (MapMode::Stage, true, "staged")),
+        SendMode::StagedCopy => Ok((MapMode::Stage, false, "staged-copy")),
         SendMode::Copy => Ok(copy),
         SendMode::Auto if sendable && direct.is_ok() => Ok((MapMode::Reference, true, "direct")),
         SendMode::Auto if !sendable && staged.is_ok() => Ok((MapMode::Stage, true, "staged")),

@@ -145,7 +145,7 @@ pub struct Migration {
     pub slot_backing: String,
     /// Whether the sends came from registered buffers.
     pub registered: bool,
-    /// How pages got onto the wire: "direct", "staged" or "copy", or "writev" into a pipe or a file.
+    /// How pages got onto the wire: "direct", "staged", "staged-copy" or "copy", or "writev" into a pipe or a file.
     pub send: &'static str,
     /// The TCP congestion control of the connections, where they are such.
     pub congestion: Option<String>,

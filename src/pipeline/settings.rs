@@ -8,12 +8,14 @@ use crate::forecast::{OnNoConvergence, PolicyKind};
 
 /// How pages get onto the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum SendMode {
     /// Zero-copy from guest memory itself.
     Direct,
     /// Copied into a slot by the mapper, zero-copy from there.
     Staged,
+    /// Copied into a slot by the mapper, and by the kernel from there, while it is in the cache.
+    StagedCopy,
     /// Copied from guest memory by the kernel, as stock Xen does.
     Copy,
     /// Direct or staged, whichever the guest's memory allows; copying sends once the kernel turns out to copy anyway.
@@ -22,7 +24,8 @@ pub enum SendMode {
 
 impl SendMode {
     /// All modes, in the order in which help lists them.
-    pub const ALL: [SendMode; 4] = [SendMode::Direct, SendMode::Staged, SendMode::Copy, SendMode::Auto];
+    pub const ALL: [SendMode; 5] =
+        [SendMode::Direct, SendMode::Staged, SendMode::StagedCopy, SendMode::Copy, SendMode::Auto];
 }
 
 impl fmt::Display for SendMode {
@@ -30,6 +33,7 @@ impl fmt::Display for SendMode {
         f.pad(match self {
             SendMode::Direct => "direct",
             SendMode::Staged => "staged",
+            SendMode::StagedCopy => "staged-copy",
             SendMode::Copy => "copy",
             SendMode::Auto => "auto",
         })
@@ -41,7 +45,9 @@ impl FromStr for SendMode {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let known = Self::ALL.into_iter().find(|mode| mode.to_string() == name);
-        known.ok_or_else(|| format!("there is no send mode {name:?}; choose direct, staged, copy or auto"))
+        known.ok_or_else(|| {
+            format!("there is no send mode {name:?}; choose direct, staged, staged-copy, copy or auto")
+        })
     }
 }
 

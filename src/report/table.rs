@@ -120,7 +120,7 @@ fn zero_copy_text(report: &Report) -> String {
 fn how_text(report: &Report) -> String {
     let m = &report.migration;
     let registered = match (m.send, m.registered) {
-        ("copy", _) => "copying sends",
+        ("copy" | "staged-copy", _) => "copying sends",
         (_, true) => "registered buffers",
         (_, false) => "but the buffers cannot be registered (ulimit -l): copying sends",
     };
