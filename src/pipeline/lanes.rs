@@ -26,7 +26,6 @@ use crate::page_set::PageSet;
 use crate::stream::HEADER_ROOM;
 use crate::sys::slot_memory::{Backing, SlotMemory};
 use crate::sys::{cpu, uring};
-use crate::transport::stream_out::StreamOut;
 
 /// Batches that wait for a mapper at most.
 pub const BATCH_RING: usize = 16;
@@ -82,7 +81,7 @@ pub struct Lanes {
     /// What the slots are made of.
     pub backing: Backing,
     wire: Wire,
-    pipe: Option<Arc<StreamOut>>,
+    outlets: Vec<Outlet>,
 }
 
 /// What the threads in front of the senders leave behind.
@@ -152,11 +151,8 @@ impl Lanes {
             let mapper = MapperParts { source: guest.page_source(), free, filled };
             lanes.push(Lane { sender, mapper: Some(mapper), mapping: None });
         }
-        let pipe = outlets.iter().find_map(|outlet| match outlet {
-            Outlet::Stream(stream) => Some(stream.clone()),
-            Outlet::Socket(_) => None,
-        });
-        Ok(Lanes { lanes, scanner: None, shared, mode, send, backing, wire, pipe })
+        let outlets = outlets.to_vec();
+        Ok(Lanes { lanes, scanner: None, shared, mode, send, backing, wire, outlets })
     }
 
     /// Starts mappers and scanner: from here on pages flow, if the guest is `live`; else they wait for the order to send all.
@@ -210,8 +206,8 @@ impl Lanes {
             share: settings.sample_share,
             bandwidth: settings.bandwidth,
         };
-        let pipe = self.pipe.clone();
-        let links = scanner::Links { lanes: batch_ends, zero_notes, pipe, orders, events: events_in };
+        let outlets = self.outlets.clone();
+        let links = scanner::Links { lanes: batch_ends, zero_notes, outlets, orders, events: events_in };
         let scanner = {
             let clock = Clock::Real(started);
             Scanner::new(log, engine, openings, links, self.shared.clone(), cadence, clock)

@@ -16,6 +16,7 @@ use super::settings::Settings;
 use crate::forecast::StopReason;
 use crate::guest::{GuestControl, GuestError};
 use crate::page::PAGE_SIZE;
+use crate::sys::cpu;
 use crate::transport::ledger::Counters;
 
 /// How often control looks at the abort flag and shows progress.
@@ -56,6 +57,7 @@ pub struct Sent {
     started: Instant,
     stop_reason: StopReason,
     final_pages: u64,
+    faults: u64,
     live_writes_per_s: Option<f64>,
     scanner: ScannerReport,
     mappers: Vec<MapperReport>,
@@ -106,6 +108,7 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
         let stopping = Instant::now();
         self.guest.suspend().map_err(|source| at(Phase::Suspend, source))?;
         let suspended = Instant::now();
+        let faults_before = cpu::page_faults();
         let Line { order, events } = match line {
             Some(line) => line,
             None => lanes.flow(self.guest, self.settings, live, started)?,
@@ -124,6 +127,7 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
             started,
             stop_reason,
             final_pages,
+            faults: cpu::page_faults() - faults_before,
             live_writes_per_s,
             scanner,
             mappers,
@@ -299,6 +303,7 @@ impl Sent {
             zero_pages: mappers.iter().map(|mapper| mapper.zero_pages).sum(),
             absent_pages: shared.absent(),
             final_pages: self.final_pages,
+            faults_in_downtime: self.faults,
             most_deferred: scanner.most_deferred,
             bytes: shared.bytes_sent(),
             by_send: senders.iter().fold(Default::default(), |all, sender| add(all, sender.bytes)),

@@ -21,7 +21,7 @@ use super::mapper::{Links, MapMode, Mapper, Way};
 use super::ring::{Consumer, PopError, Producer, ring};
 use super::shared::Shared;
 use super::slots::{Slot, SlotPool};
-use super::sync::{Arc, AtomicUsize, Ordering, yield_now};
+use super::sync::{Arc, AtomicUsize, Ordering, UnsafeCell, yield_now};
 use crate::forecast::{Config, Engine, Link, OnNoConvergence, Peek, PolicyKind, Sample};
 use crate::guest::{DirtyLog, GuestError, PageContent, PageSource};
 use crate::page::{CHUNK_PAGES, PAGE_SIZE, Pfn};
@@ -328,6 +328,34 @@ fn loom_pages_an_older_copy_never_overtakes_a_newer_one() {
         lanes.into_iter().for_each(|lane| lane.join().unwrap());
         let held: Vec<usize> = destination.iter().map(|page| page.load(Ordering::Relaxed)).collect();
         assert_eq!(held, [FRESH, 2], "the older copy was applied last");
+    });
+}
+
+/// Two senders end, and control, which waits for both, writes the end of the stream behind what they wrote. Invariant: whoever is
+/// told that all is sent sees each lane's last byte.
+#[test]
+fn loom_pages_the_end_of_the_stream_comes_after_each_lanes_last_page() {
+    loom::model(|| {
+        let shared = StdArc::new(Shared::new(2, false));
+        let sockets: [_; 2] = std::array::from_fn(|_| Arc::new(UnsafeCell::new(0)));
+        let senders: Vec<_> = (0..2)
+            .map(|lane| {
+                let (shared, socket) = (shared.clone(), sockets[lane].clone());
+                thread::spawn(move || {
+                    // SAFETY: nobody else comes here before the lane says that it has sent all.
+                    socket.with_mut(|last| unsafe { *last = 1 });
+                    shared.lanes[lane].note_all_sent();
+                })
+            })
+            .collect();
+        while !shared.all_sent() {
+            yield_now();
+        }
+        for socket in &sockets {
+            // SAFETY: the lanes have sent all, and write no more.
+            assert_eq!(socket.with(|last| unsafe { *last }), 1);
+        }
+        senders.into_iter().for_each(|sender| sender.join().unwrap());
     });
 }
 

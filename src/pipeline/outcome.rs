@@ -129,6 +129,8 @@ pub struct Migration {
     pub absent_pages: u64,
     /// Pages in the final set.
     pub final_pages: u64,
+    /// Page faults of this process from when the guest stood still to the last byte.
+    pub faults_in_downtime: u64,
     /// The most pages that the forecast held back at a time.
     pub most_deferred: u64,
     /// Bytes on the wire.

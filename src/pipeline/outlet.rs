@@ -3,6 +3,7 @@
 use std::net::TcpStream;
 use std::sync::Arc;
 
+use crate::sys::socket;
 use crate::transport::stream_out::StreamOut;
 
 /// A lane's way out.
@@ -12,4 +13,14 @@ pub enum Outlet {
     Socket(Arc<TcpStream>),
     /// A pipe or a file, to be written to.
     Stream(Arc<StreamOut>),
+}
+
+impl Outlet {
+    /// Bytes that have been written to it and are still on this side: in the pipe, or not acknowledged.
+    pub fn buffered(&self) -> u64 {
+        match self {
+            Outlet::Socket(socket) => socket::unacknowledged(socket),
+            Outlet::Stream(stream) => stream.buffered(),
+        }
+    }
 }

@@ -17,6 +17,7 @@ use super::latency::{Latencies, Stage};
 use super::link_rate::LinkRate;
 use super::log_peek::{LogPeek, Peeks};
 use super::openings::Openings;
+use super::outlet::Outlet;
 use super::ring::{Consumer, Producer};
 use super::shared::{Shared, Step};
 use crate::forecast::{Convergence, Engine, Link, Next, Sample, StopReason, Verdict};
@@ -24,7 +25,6 @@ use crate::guest::{DirtyLog, GuestError};
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
 use crate::sys::cpu;
-use crate::transport::stream_out::StreamOut;
 use std::sync::atomic::Ordering;
 
 /// How far ahead of the wire the scanner hands pages out.
@@ -89,8 +89,8 @@ pub struct Links {
     pub lanes: Vec<Producer<Batch>>,
     /// From each lane's mapper: pages that turned out to be zero.
     pub zero_notes: Vec<Consumer<Batch>>,
-    /// The pipe that the only lane goes into, if it is one.
-    pub pipe: Option<Arc<StreamOut>>,
+    /// What the lanes go into.
+    pub outlets: Vec<Outlet>,
     /// From control.
     pub orders: Receiver<Order>,
     /// To control.
@@ -103,7 +103,7 @@ pub struct Scanner {
     engine: Engine,
     dealer: Dealer,
     zero_notes: Vec<Consumer<Batch>>,
-    pipe: Option<Arc<StreamOut>>,
+    outlets: Vec<Outlet>,
     shared: Arc<Shared>,
     orders: Receiver<Order>,
     events: Sender<Event>,
@@ -161,7 +161,7 @@ impl Scanner {
         clock: Clock,
     ) -> Self {
         let nr_pages = engine.pending().nr_pages();
-        let Links { lanes, zero_notes, pipe, orders, events } = links;
+        let Links { lanes, zero_notes, outlets, orders, events } = links;
         let rate = LinkRate::new(cadence.bandwidth);
         let all = Link { pages_per_s: rate.pages_per_s(), in_flight: 0, sent: 0 };
         let downtime_us = engine.forecast_downtime(&all).as_micros() as u64;
@@ -173,7 +173,7 @@ impl Scanner {
             engine,
             dealer: Dealer::new(lanes, openings),
             zero_notes,
-            pipe,
+            outlets,
             shared,
             orders,
             events,
@@ -316,9 +316,9 @@ impl Scanner {
         }
     }
 
-    /// The same for a stop: what a pipe holds is still to go then, and comes before the rest.
+    /// The same for a stop: what pipes and sockets hold is still to go then, and comes before the rest.
     fn link_to_the_end(&self) -> Link {
-        let buffered = self.pipe.as_ref().map_or(0, |pipe| pipe.buffered());
+        let buffered: u64 = self.outlets.iter().map(Outlet::buffered).sum();
         let link = self.link();
         Link { in_flight: link.in_flight + buffered / WIRE_BYTES_PER_PAGE as u64, ..link }
     }
@@ -482,7 +482,8 @@ mod tests {
         let (to_lane, mut lane) = crate::pipeline::ring::ring(2);
         let (order, orders) = std::sync::mpsc::channel();
         let (events, _seen) = std::sync::mpsc::channel();
-        let links = Links { lanes: vec![to_lane], zero_notes: Vec::new(), pipe: None, orders, events };
+        let links =
+            Links { lanes: vec![to_lane], zero_notes: Vec::new(), outlets: Vec::new(), orders, events };
         let shared = Arc::new(Shared::new(1, false));
         let slow = Cadence {
             live: true,
@@ -533,7 +534,8 @@ mod tests {
         let (to_lane, _lane) = crate::pipeline::ring::ring(2);
         let (_order, orders) = std::sync::mpsc::channel();
         let (events, _seen) = std::sync::mpsc::channel();
-        let links = Links { lanes: vec![to_lane], zero_notes: Vec::new(), pipe: None, orders, events };
+        let links =
+            Links { lanes: vec![to_lane], zero_notes: Vec::new(), outlets: Vec::new(), orders, events };
         let cadence = Cadence { live: true, sample_interval: ms(50), share: Some(0.02), bandwidth: None };
         let clock = Clock::Simulated(Arc::default());
         let engine = engine(crate::forecast::PolicyKind::Ar, PageSet::full(512));

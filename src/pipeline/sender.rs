@@ -7,7 +7,6 @@
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, FilledSlot};
@@ -221,7 +220,7 @@ impl Sender {
             }
         }
         // Nobody has to wait for the notifications, which come when the other side acknowledges.
-        self.shared.lanes[self.setup.lane].all_sent.store(true, Ordering::Release);
+        self.shared.lanes[self.setup.lane].note_all_sent();
         while self.ledger.requests_in_flight() > 0 {
             if self.shared.is_aborted() {
                 return Err(SendError::Aborted);

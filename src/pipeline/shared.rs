@@ -18,11 +18,16 @@ pub struct LaneProgress {
     pub bytes: AtomicU64,
     /// Pages handed out that were not there.
     pub absent: AtomicU64,
-    /// The lane's last byte is on the socket or in the pipe. Zero-copy sends may still refer to slots and guest memory.
-    pub all_sent: AtomicBool,
+    all_sent: AtomicBool,
 }
 
 impl LaneProgress {
+    /// Notes that the lane's last byte is on the socket or in the pipe. Zero-copy sends may still refer to slots and guest
+    /// memory.
+    pub fn note_all_sent(&self) {
+        self.all_sent.store(true, Ordering::Release);
+    }
+
     /// Notes what was sent. Whoever sees the entries sees the rest.
     pub fn note_sent(&self, entries: u64, data_pages: u64, bytes: u64) {
         self.data_pages.fetch_add(data_pages, Ordering::Relaxed);
@@ -90,7 +95,7 @@ impl Shared {
         self.lanes.iter().map(|lane| lane.data_pages.load(Ordering::Relaxed)).sum()
     }
 
-    /// Whether every lane's last byte is on its socket.
+    /// Whether every lane's last byte is on its socket: what is written there now comes after it.
     pub fn all_sent(&self) -> bool {
         self.lanes.iter().all(|lane| lane.all_sent.load(Ordering::Acquire))
     }

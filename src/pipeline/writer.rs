@@ -4,7 +4,6 @@
 
 use std::io::IoSlice;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::batch::FilledSlot;
@@ -91,7 +90,7 @@ impl Writer {
                 }
                 Err(PopError::Empty) => idle.wait(Duration::MAX),
                 Err(PopError::Closed) => {
-                    self.shared.lanes[self.setup.lane].all_sent.store(true, Ordering::Release);
+                    self.shared.lanes[self.setup.lane].note_all_sent();
                     return Ok(());
                 }
             }

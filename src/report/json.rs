@@ -163,6 +163,7 @@ pub fn figures(policy: PolicyKind, budget_ms: f64, m: &Migration) -> Value {
             "hand_over_ms": ms(m.downtime.hand_over),
             "resume_ms": ms(m.downtime.resume),
             "verify_not_counted_ms": ms(m.downtime.verify),
+            "page_faults": m.faults_in_downtime,
         },
         "cpu_s_per_gb": {
             "scan": per_gb(m.cpu.scan, m.bytes),

@@ -29,6 +29,15 @@ pub fn process_cpu_time() -> Duration {
     duration(clock_gettime(ClockId::ProcessCPUTime))
 }
 
+/// Page faults of this process so far, all threads together, whether or not they had to be read from anywhere.
+pub fn page_faults() -> u64 {
+    // SAFETY: an all-zero rusage is a valid value of it.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the call writes one rusage, which outlives it. With these arguments it cannot fail.
+    unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
+    (usage.ru_minflt + usage.ru_majflt) as u64
+}
+
 /// Lets the calling thread's short sleeps end when asked instead of up to 50 microseconds later.
 pub fn sharpen_timers() {
     // SAFETY: PR_SET_TIMERSLACK takes one integer and affects the calling thread's timers only.

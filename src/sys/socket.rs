@@ -46,6 +46,14 @@ pub fn acknowledge(stream: &TcpStream) -> io::Result<()> {
     Ok(sockopt::set_tcp_quickack(stream, true)?)
 }
 
+/// Bytes that are on the socket and have not been acknowledged; 0 if the kernel does not tell.
+pub fn unacknowledged(stream: &TcpStream) -> u64 {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: TIOCOUTQ (SIOCOUTQ of a socket) writes one int, and the descriptor is open for as long as `stream` is borrowed.
+    let rc = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if rc == 0 { bytes.max(0) as u64 } else { 0 }
+}
+
 /// Gives a connection up when what was sent has not been acknowledged for `patience`.
 pub fn set_user_timeout(stream: &TcpStream, patience: Duration) -> io::Result<()> {
     Ok(sockopt::set_tcp_user_timeout(stream, patience.as_millis() as u32)?)
