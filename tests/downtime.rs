@@ -97,6 +97,7 @@ fn downtime(send: SendMode) -> (u64, Used) {
         downtime_budget: Duration::from_secs(1),
         max_time: Duration::from_millis(1),
         on_no_convergence: OnNoConvergence::Stop,
+        linger: 0.0,
         sample_interval: Duration::from_millis(1),
         sample_share: None,
         bandwidth: None,

@@ -29,6 +29,7 @@ fn allocations_of(kind: PolicyKind) -> u64 {
         max_time: Duration::from_secs(5),
         fixed_downtime: Duration::ZERO,
         on_no_convergence: OnNoConvergence::Stop,
+        linger: 0.0,
     };
     let mut engine = Engine::new(kind, config);
     let mut dirty = PageSet::empty(NR_PAGES);

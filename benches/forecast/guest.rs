@@ -99,6 +99,7 @@ impl Guest {
             max_time: Duration::from_secs(120),
             fixed_downtime: Duration::ZERO,
             on_no_convergence: OnNoConvergence::Stop,
+            linger: 0.0,
         };
         let samples = (0..SAMPLES as u64).map(|seed| match regime {
             Regime::Early => bitmap(NR_PAGES, Pattern::Random, share, seed + 1),

@@ -78,6 +78,7 @@ fn engine() -> Engine {
         max_time: Duration::from_secs(3600),
         fixed_downtime: Duration::ZERO,
         on_no_convergence: OnNoConvergence::Stop,
+        linger: 0.0,
     };
     let mut engine = Engine::new(PolicyKind::Ar, config);
     let link = Link { pages_per_s: 1e9, in_flight: 0, sent: 0 };

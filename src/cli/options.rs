@@ -88,6 +88,10 @@ pub struct MigrationOptions {
     /// expected and send the rest), abort (the guest stays), throttle (slow the guest down until it can, then stop)
     #[arg(long, value_name = "WHAT", default_value = "stop")]
     pub on_no_convergence: OnNoConvergence,
+    /// Shorten the downtime below the budget, while hardly more than this share of what is sent for that is written again
+    /// meanwhile; it costs as much time as sending that share
+    #[arg(long, value_name = "SHARE", default_value = "0%", value_parser = units::percent)]
+    pub linger: f64,
     /// Connections, each with a mapper and a sender
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub lanes: u16,
@@ -162,6 +166,7 @@ impl MigrationOptions {
             downtime_budget: self.budget,
             max_time: self.max_time,
             on_no_convergence: self.on_no_convergence,
+            linger: self.linger,
             sample_interval: self.sample,
             sample_share: None,
             bandwidth: self.bandwidth.0,

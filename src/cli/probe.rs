@@ -65,6 +65,7 @@ fn findings(arguments: &ProbeArguments) -> Vec<(&'static str, String)> {
         ("numa nodes", numa_nodes().to_string()),
         ("memory", memory()),
         ("locked memory allowed", locked_memory()),
+        ("TCP congestion control", congestion()),
     ];
     findings.extend(io_uring());
     findings.push(("slot memory", slots()));
@@ -122,7 +123,6 @@ fn io_uring() -> Vec<(&'static str, String)> {
     let has = |there: bool, since: &str| if there { "yes".to_owned() } else { format!("no (Linux {since})") };
     vec![
         ("io_uring", format!("SEND {}, SENDMSG {}", has(opcodes.send, "5.6"), has(opcodes.sendmsg, "5.3"))),
-        ("TCP congestion control", congestion()),
         (
             "zero-copy sends",
             format!("SEND_ZC {}, SENDMSG_ZC {}", has(opcodes.send_zc, "6.0"), has(opcodes.sendmsg_zc, "6.1")),

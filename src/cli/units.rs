@@ -16,6 +16,15 @@ pub fn size(text: &str) -> Result<u64, String> {
     whole(number * f64::from(1u32 << (shift % 31)) * if shift == 40 { 2f64.powi(31) } else { 1.0 }, text)
 }
 
+/// Reads a share of 0 to 100 %: `25%`, `0%`.
+pub fn percent(text: &str) -> Result<f64, String> {
+    let percent = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
+    match percent {
+        Some(percent) if (0.0..=100.0).contains(&percent) => Ok(percent / 100.0),
+        _ => Err("write a share from 0% to 100%, for example 25%".to_owned()),
+    }
+}
+
 /// Reads a rate and gives bytes per second: `2.5Gbit` (decimal bits per second, as of a network), `300MB` (decimal
 /// bytes), `1GiB`; `none` is no limit. A trailing `/s` is welcome.
 pub fn rate(text: &str) -> Result<Option<u64>, String> {

@@ -24,6 +24,7 @@ pub(super) fn config(nr_pages: u64) -> Config {
         max_time: Duration::from_secs(600),
         fixed_downtime: Duration::ZERO,
         on_no_convergence: OnNoConvergence::Stop,
+        linger: 0.0,
     }
 }
 

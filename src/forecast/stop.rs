@@ -3,7 +3,10 @@
 //! With S pages sent, N pages to send at all, B pages/s, base = N/B and K pages in the downtime budget, at each
 //! sample:
 //!
-//! * backlog <= K: stop.
+//! * backlog <= K: stop. Or go on for a little, where the user would rather have a shorter downtime (`linger`): if what is likely
+//!   to be written until the rest is sent, or until the next sample, whichever is later, is a small enough share of the rest. That
+//!   costs the migration as much time as it takes to send what is written, and saves the guest the rest of the backlog's.
+//!   It ends at the latest after twice the time that this should take.
 //! * Hopeless: the clairvoyant bound was above 3K in every sample of one base time, and S > 1.2 N. From then on
 //!   take the first backlog that is no worse than the least since S > N.
 //! * No progress: S > 1.15 N, the bound was near the budget over the last fifth of a base time (its mean at most 1.5K: a
@@ -43,6 +46,8 @@ const PROGRESS_SENT: f64 = 1.15;
 const WITHIN_REACH_BUDGETS: f64 = 1.5;
 /// Without progress a backlog within this multiple of the least is as good as it gets.
 const NEARLY_LEAST: f64 = 1.05;
+/// Less of a rest than the link carries in this time is not worth lingering for.
+const SHORT_ENOUGH: Duration = Duration::from_millis(10);
 /// Never send more than this multiple of the memory.
 const CAP: f64 = 2.2;
 
@@ -109,6 +114,8 @@ pub(super) struct StopRule {
     last_backlog: Option<u64>,
     rise: f64,
     throttle: Throttle,
+    /// When the rest was found to fit and it was decided to linger: until when at the latest.
+    lingers_until: Option<Duration>,
     verdict: Verdict,
 }
 
@@ -125,6 +132,7 @@ impl StopRule {
             last_backlog: None,
             rise: 0.0,
             throttle: Throttle::new(),
+            lingers_until: None,
             verdict: Verdict::Continue,
         }
     }
@@ -162,7 +170,11 @@ impl StopRule {
         let deadline_near = self.config.max_time.saturating_sub(view.now).as_secs_f64() < base_s / 2.0;
         let found = Findings { stuck, capped, deadline_near };
         self.verdict = if backlog as f64 <= budget {
-            Verdict::Stop(StopReason::WithinBudget)
+            if !capped && !deadline_near && self.lingers(view, backlog, interval_s) {
+                Verdict::Continue
+            } else {
+                Verdict::Stop(StopReason::WithinBudget)
+            }
         } else {
             match self.config.on_no_convergence {
                 OnNoConvergence::Stop => self.at_the_best_backlog(backlog, found),
@@ -177,6 +189,22 @@ impl StopRule {
             self.least_backlog = Some(self.least_backlog.map_or(backlog, |least| least.min(backlog)));
         }
         self.verdict
+    }
+
+    /// Whether to go on although the rest fits.
+    fn lingers(&mut self, view: &View, backlog: u64, interval_s: f64) -> bool {
+        let pages_per_s = view.link.pages_per_s;
+        let takes_s = backlog as f64 / pages_per_s;
+        if self.config.linger <= 0.0 || takes_s <= SHORT_ENOUGH.as_secs_f64() {
+            return false;
+        }
+        let until_sample_s = interval_s.max(self.config.sample_interval.as_secs_f64());
+        let goes_on_s = takes_s.max(until_sample_s);
+        let dirty_per_s = view.working_set.dirty_last() as f64 / interval_s.max(1e-6);
+        let until = *self
+            .lingers_until
+            .get_or_insert_with(|| view.now + Duration::from_secs_f64(2.0 * (takes_s + until_sample_s)));
+        view.now < until && dirty_per_s * goes_on_s <= self.config.linger * backlog as f64
     }
 
     fn at_the_best_backlog(&self, backlog: u64, found: Findings) -> Verdict {
@@ -289,6 +317,42 @@ mod tests {
         bench.working_set.record(&Sample { at: bench.now, dirty: &pages(1000, []) });
         let link = Link { pages_per_s: 1000.0, in_flight: 1, sent: 0 };
         assert_eq!(bench.judge_again(&pages(1000, 0..300), link), Verdict::Continue);
+    }
+
+    /// A bench that lingers while no more than a quarter is written again.
+    fn lingering() -> Bench {
+        let mut bench = Bench::new();
+        bench.rule.config.linger = 0.25;
+        bench
+    }
+
+    #[test]
+    fn a_rest_that_is_hardly_written_again_is_sent_before_the_stop() {
+        let mut bench = lingering();
+        // 200 pages take 0.2 s, in which 48 are written at 12 a sample.
+        assert_eq!(bench.judge(12, 200, 0), None);
+        assert_eq!(bench.judge(12, 160, 0), None);
+        assert_eq!(
+            bench.judge(12, 40, 0),
+            Some(StopReason::WithinBudget),
+            "12 before the next sample are too many"
+        );
+        assert_eq!(lingering().judge(13, 200, 0), Some(StopReason::WithinBudget), "52 of 200 are too many");
+        assert_eq!(lingering().judge(0, 10, 0), Some(StopReason::WithinBudget), "10 ms are not worth it");
+        assert_eq!(Bench::new().judge(0, 200, 0), Some(StopReason::WithinBudget), "nobody asked for it");
+    }
+
+    #[test]
+    fn lingering_ends_in_time_and_never_exceeds_cap_or_deadline() {
+        let mut bench = lingering();
+        for step in 0..10 {
+            assert_eq!(bench.judge(0, 200, 0), None, "step {step}: twice 0.2 s and a sample");
+        }
+        assert_eq!(bench.judge(0, 200, 0), Some(StopReason::WithinBudget));
+        assert_eq!(lingering().judge(0, 200, 1950), Some(StopReason::WithinBudget), "the cap is near");
+        let mut bench = lingering();
+        bench.rule.config.max_time = Duration::from_millis(500);
+        assert_eq!(bench.judge(0, 200, 0), Some(StopReason::WithinBudget), "half a base time is left");
     }
 
     #[test]

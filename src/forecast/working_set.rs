@@ -132,6 +132,11 @@ impl WorkingSet {
         self.samples_taken
     }
 
+    /// Pages dirty in the latest sample; all before the first.
+    pub(super) fn dirty_last(&self) -> u64 {
+        self.counts[self.counts.len() - 1]
+    }
+
     /// When the latest sample was taken; zero before the first.
     pub fn last_sample_at(&self) -> Duration {
         self.times[self.times.len() - 1]

@@ -27,12 +27,13 @@ const CONFIG: &str = "PAGECAST_CONFIG";
 const MAX_FILE_BYTES: u64 = 64 << 10;
 
 /// Every key.
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 14] = [
     "policy",
     "downtime_budget",
     "bandwidth",
     "deadline",
     "on_no_convergence",
+    "linger",
     "sample_share",
     "pin",
     "slots",
@@ -139,6 +140,7 @@ impl Options {
             downtime_budget: Duration::from_millis(300),
             max_time: Duration::from_secs(3600),
             on_no_convergence: OnNoConvergence::Stop,
+            linger: 0.25,
             sample_interval: SAMPLE_INTERVAL,
             sample_share: Some(0.02),
             bandwidth: None,
@@ -217,6 +219,7 @@ impl Options {
             "bandwidth" => settings.bandwidth = units::rate(text)?,
             "deadline" => settings.max_time = at_least_a_millisecond(text)?,
             "on_no_convergence" => settings.on_no_convergence = word(text)?,
+            "linger" => settings.linger = units::percent(text)?,
             "sample_share" => self.settings.sample_share = Some(share(text)?),
             "pin" => settings.pins = Pins::parse(text, &Pins::among(cores, 1), cores)?,
             "slots" => settings.slots = slots(text)?,
@@ -262,9 +265,8 @@ fn at_least_a_millisecond(text: &str) -> Result<Duration, String> {
 }
 
 fn share(text: &str) -> Result<f64, String> {
-    let percent = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
-    match percent {
-        Some(percent) if percent > 0.0 && percent <= 50.0 => Ok(percent / 100.0),
+    match units::percent(text) {
+        Ok(share) if share > 0.0 && share <= 0.5 => Ok(share),
         _ => Err("write a share of more than 0% and 50% at most, for example 2%".to_owned()),
     }
 }

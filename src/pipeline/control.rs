@@ -334,6 +334,7 @@ mod tests {
             downtime_budget: Duration::from_millis(300),
             max_time: Duration::from_secs(60),
             on_no_convergence: OnNoConvergence::Throttle,
+            linger: 0.0,
             sample_interval: Duration::from_millis(50),
             sample_share: None,
             bandwidth: None,

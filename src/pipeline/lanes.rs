@@ -85,7 +85,7 @@ pub struct Lanes {
 }
 
 /// What the threads in front of the senders leave behind.
-pub struct Fed {
+pub struct FeederReports {
     /// The scanner's report, if it was started.
     pub scanner: Option<ScannerReport>,
     /// The mappers' reports.
@@ -198,6 +198,7 @@ impl Lanes {
             max_time: settings.max_time,
             fixed_downtime: FIXED_DOWNTIME.min(settings.downtime_budget / 4),
             on_no_convergence: settings.on_no_convergence,
+            linger: settings.linger,
         };
         let engine = Engine::sparse(settings.policy, config, populated);
         let cadence = Cadence {
@@ -220,7 +221,7 @@ impl Lanes {
     }
 
     /// Waits for scanner and mappers, which end when the last page is in a slot or the migration is aborted.
-    pub fn join_feeders(&mut self) -> Fed {
+    pub fn join_feeders(&mut self) -> FeederReports {
         let scanner = self.scanner.take().map(join);
         let mut mappers = Vec::new();
         for lane in &mut self.lanes {
@@ -228,7 +229,7 @@ impl Lanes {
             drop(lane.mapper.take());
             mappers.extend(lane.mapping.take().map(join));
         }
-        Fed { scanner, mappers }
+        FeederReports { scanner, mappers }
     }
 
     /// Waits for the senders, once the feeders are joined: until the kernel has let go of all that was sent. The first that

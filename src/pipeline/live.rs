@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use super::lanes::{Fed, Lanes, Line};
+use super::lanes::{FeederReports, Lanes, Line};
 use super::latency::Latencies;
 use super::mapper::MapperReport;
 use super::outcome::{Bound, CpuTimes, Downtime, Migration, MigrationError, Phase, Progress};
@@ -240,7 +240,7 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
             }
             std::thread::sleep(Duration::from_micros(200));
         }
-        let Fed { scanner, mappers } = lanes.join_feeders();
+        let FeederReports { scanner, mappers } = lanes.join_feeders();
         Ok((scanner.ok_or_else(|| self.broken())?, mappers))
     }
 

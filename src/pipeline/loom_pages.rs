@@ -124,6 +124,7 @@ impl Scanner {
             max_time: Duration::from_secs(1),
             fixed_downtime: Duration::ZERO,
             on_no_convergence: OnNoConvergence::Stop,
+            linger: 0.0,
         };
         Scanner {
             log: Log(machine.clone()),

@@ -467,6 +467,7 @@ mod tests {
             max_time: Duration::from_secs(3600),
             fixed_downtime: Duration::ZERO,
             on_no_convergence: crate::forecast::OnNoConvergence::Stop,
+            linger: 0.0,
         };
         Engine::sparse(policy, config, populated)
     }

@@ -160,6 +160,9 @@ pub struct Settings {
     pub max_time: Duration,
     /// What happens then, and when the forecast finds before that pre-copy cannot converge.
     pub on_no_convergence: OnNoConvergence,
+    /// The share of a rest that fits the budget, from 0 to 1, that may be written again while it is sent before the stop instead
+    /// of after it, to shorten the downtime. 0: the stop comes as soon as the rest fits.
+    pub linger: f64,
     /// Time between two samples of the dirty log.
     pub sample_interval: Duration,
     /// The share of the guest's time that sampling may take, from 0 to 1: where a sample takes longer than the interval

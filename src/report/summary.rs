@@ -334,6 +334,7 @@ mod tests {
                     max_time: Duration::MAX,
                     fixed_downtime: Duration::ZERO,
                     on_no_convergence: OnNoConvergence::Stop,
+                    linger: 0.0,
                 }),
                 reason: (tmt_s < 9.0).then_some(StopReason::WithinBudget),
                 sent,

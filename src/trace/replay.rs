@@ -184,6 +184,7 @@ impl<'a> Replay<'a> {
             max_time: Duration::from_secs_f64(setting.max_time_s),
             fixed_downtime: Duration::ZERO,
             on_no_convergence: setting.on_no_convergence,
+            linger: 0.0,
         };
         let pages_per_s = setting.pages_per_round / trace.period_s();
         Replay {

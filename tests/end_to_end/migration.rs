@@ -53,14 +53,18 @@ fn every_policy_and_every_way_to_send_loses_nothing() {
     for policy in ["ar", "heat", "paper", "xen-skip", "xen"] {
         assert_sound(&demo(&["--policy", policy, "--bandwidth", "1Gbit"])[0]);
     }
-    for send in ["direct", "staged", "copy", "auto"] {
+    for send in ["direct", "staged", "staged-copy", "copy", "auto"] {
         let report = &demo(&["--policy", "ar", "--workload", "storm", "--send", send, "--max-time", "3s"])[0];
         assert_sound(report);
         let copied = report["bytes_copied"].as_u64().expect("a count");
         let zero_copied = report["bytes_zero_copied"].as_u64().expect("a count");
         let sent = report["bytes_sent"].as_u64().expect("a count");
         assert_eq!(copied + zero_copied, sent, "every byte is accounted for: {report}");
-        assert_eq!(report["bytes_staged"].as_u64().expect("a count") > 0, send == "staged", "{report}");
+        assert_eq!(
+            report["bytes_staged"].as_u64().expect("a count") > 0,
+            send.starts_with("staged"),
+            "{report}"
+        );
     }
 }
 
@@ -69,21 +73,39 @@ fn every_stage_that_ran_tells_how_long_it_took_for_every_slot() {
     if !tracking_or_skip("every_stage_that_ran_tells_how_long_it_took_for_every_slot") {
         return;
     }
-    for send in ["direct", "staged", "copy"] {
+    for send in ["direct", "staged", "staged-copy", "copy"] {
         let report = &demo(&["--policy", "xen", "--workload", "idle", "--lanes", "2", "--send", send])[0];
         let latencies = report["latency_us"].as_object().expect("an object");
         let count = |stage: &str| latencies.get(stage).map(|times| times["count"].as_u64().expect("a count"));
         let slots = count("send").expect("slots were sent");
         assert!(slots > 0 && count("map") == Some(slots), "{report}");
-        assert_eq!(count("copy"), (send == "staged").then_some(slots), "{report}");
+        assert_eq!(count("copy"), send.starts_with("staged").then_some(slots), "{report}");
         // Of each slot one send goes without copying, and that owes one notification.
-        assert_eq!(count("notify"), (send != "copy").then_some(slots), "{report}");
+        assert_eq!(count("notify"), (!send.ends_with("copy")).then_some(slots), "{report}");
         assert_eq!(count("tick"), report["samples"].as_u64(), "{report}");
         for times in latencies.values() {
             let of = |key: &str| times[key].as_f64().expect("a number");
             assert!(0.0 < of("p50") && of("p50") <= of("p90"), "{report}");
             assert!(of("p90") <= of("p99") && of("p99") <= of("max"), "{report}");
         }
+    }
+}
+
+#[test]
+fn the_report_says_what_the_connections_and_the_slots_are() {
+    if !tracking_or_skip("the_report_says_what_the_connections_and_the_slots_are") {
+        return;
+    }
+    // Every Linux has reno, and lets everybody choose it.
+    let idle = ["--policy", "xen", "--workload", "idle", "--congestion", "reno"];
+    for (send, pages, small) in [("staged", "auto", true), ("staged", "huge", false), ("copy", "small", true)]
+    {
+        let report = &demo(&[&idle[..], &["--send", send, "--slot-pages", pages]].concat())[0];
+        assert_sound(report);
+        assert_eq!(report["congestion_control"], "reno", "{report}");
+        // Whether there are huge pages is up to the machine.
+        assert!(!small || report["slot_memory"] == "4 KiB pages", "{report}");
+        assert!(report["downtime"]["page_faults"].is_u64(), "{report}");
     }
 }
 

@@ -21,6 +21,7 @@ fn every_key_is_taken_from_the_file_and_variables_win() {
         bandwidth = "2.5Gbit"
         deadline = "5min"
         on_no_convergence = "abort"
+        linger = "0%"
         sample_share = "5 %"
         pin = "map=0,scan=1,send=2"
         slots = 8
@@ -40,7 +41,7 @@ fn every_key_is_taken_from_the_file_and_variables_win() {
     assert_eq!(settings.on_no_convergence, OnNoConvergence::Abort);
     assert_eq!(settings.pins, Pins { map: vec![0], scan: 1, send: vec![2] });
     assert_eq!((settings.slots, settings.send, settings.lanes), (8, SendMode::Copy, 1));
-    assert_eq!((options.settings.sample_share, options.window_bytes), (Some(0.05), 64 << 20));
+    assert_eq!((settings.linger, settings.sample_share, options.window_bytes), (0.0, Some(0.05), 64 << 20));
     let path = |template: Option<PathTemplate>| template.unwrap().fill(3, std::time::UNIX_EPOCH);
     assert_eq!(path(options.report), Path::new("/var/log/3.json"));
     assert_eq!(path(options.summary), Path::new("/var/log/3.txt"));
@@ -52,6 +53,7 @@ fn every_key_is_taken_from_the_file_and_variables_win() {
         ("PAGECAST_BANDWIDTH", "none"),
         ("PAGECAST_DEADLINE", "1h"),
         ("PAGECAST_ON_NO_CONVERGENCE", "throttle"),
+        ("PAGECAST_LINGER", "12.5%"),
         ("PAGECAST_SAMPLE_SHARE", "1%"),
         ("PAGECAST_PIN", "scan=3"),
         ("PAGECAST_SLOTS", "32"),
@@ -72,7 +74,7 @@ fn every_key_is_taken_from_the_file_and_variables_win() {
     assert_eq!(settings.on_no_convergence, OnNoConvergence::Throttle);
     assert_eq!(settings.pins, Pins { scan: 3, ..Pins::among(&CORES, 1) });
     assert_eq!((settings.slots, settings.send), (32, SendMode::Staged));
-    assert_eq!((options.settings.sample_share, options.window_bytes), (Some(0.01), 2 << 30));
+    assert_eq!((settings.linger, settings.sample_share, options.window_bytes), (0.125, Some(0.01), 2 << 30));
     assert_eq!((options.report, options.summary, options.stock_helper), (None, None, None));
 }
 
@@ -94,6 +96,7 @@ fn what_makes_no_sense_is_one_line_that_says_where_and_what_would_do() {
         ("bandwidth = \"10\"", ["bandwidth = \"10\"", "unit of rate", "2.5Gbit"]),
         ("deadline = \"0s\"", ["deadline = \"0s\"", "1ms", "at least"]),
         ("on_no_convergence = \"x\"", ["on_no_convergence = \"x\"", "stop", "throttle"]),
+        ("linger = 2", ["linger = \"2\"", "100%", "example 25%"]),
         ("sample_share = 2", ["sample_share = \"2\"", "50%", "example 2%"]),
         ("sample_share = \"51%\"", ["sample_share = \"51%\"", "50%", "example 2%"]),
         ("sample_share = \"NaN%\"", ["sample_share = \"NaN%\"", "50%", "example 2%"]),

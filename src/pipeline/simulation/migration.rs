@@ -158,7 +158,7 @@ impl Simulation {
             let _ = orders.send(Order::Final);
         }
         let (events_in, events) = channel();
-        let ends = Links { lanes, zero_notes, pipe: None, orders: orders_out, events: events_in };
+        let ends = Links { lanes, zero_notes, outlets: Vec::new(), orders: orders_out, events: events_in };
         let log =
             Log { machine: machine.clone(), now: now.clone(), cost: Duration::from_micros(scenario.look_us) };
         let openings = (scenario.wire == Wire::Standard).then(|| Openings::new(populated.clone()));
@@ -266,6 +266,7 @@ fn config(scenario: &Scenario, nr_pages: u64, pages: u64) -> Config {
         max_time: Duration::from_millis(scenario.max_time_ms),
         fixed_downtime: downtime_budget / 4,
         on_no_convergence: scenario.on_no_convergence,
+        linger: 0.25,
     }
 }
 
