@@ -100,6 +100,12 @@ impl Engine {
         }
     }
 
+    /// Whether what is left fits the budget, and is sent before the stop all the same ([`Config::linger`]). When it is sent the
+    /// verdict is to be asked for again, without a sample.
+    pub fn is_lingering(&self) -> bool {
+        self.policy.is_lingering()
+    }
+
     /// How far the budget is and was away, and what was decided.
     pub fn convergence(&self) -> &Convergence {
         &self.convergence

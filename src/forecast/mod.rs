@@ -81,8 +81,8 @@ pub struct Config {
     pub fixed_downtime: Duration,
     /// What to do if the downtime budget turns out to be out of reach, and at `max_time`.
     pub on_no_convergence: OnNoConvergence,
-    /// Policies that rank go on sending although the rest fits the budget as long as no more than this share of it, from 0 to 1,
-    /// is likely to be written again before it is sent. 0: they stop as soon as it fits.
+    /// Policies that rank send a rest that fits the budget before they stop, if no more than this share of it, from 0 to 1, is
+    /// likely to be written meanwhile. 0: they stop as soon as it fits.
     pub linger: f64,
 }
 

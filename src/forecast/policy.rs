@@ -54,6 +54,11 @@ pub(super) trait Policy: Send {
     /// latest sample and takes what the policy makes of them.
     fn stop(&mut self, view: &View, convergence: &mut Convergence) -> Verdict;
 
+    /// Whether what is left fits the budget, and is sent before the stop all the same.
+    fn is_lingering(&self) -> bool {
+        false
+    }
+
     /// Pages out of `pending` that are held back now.
     fn deferred(&self, pending: &PageSet) -> u64;
 

@@ -546,6 +546,10 @@ impl Policy for Ranked {
         self.stop.judge(view, convergence)
     }
 
+    fn is_lingering(&self) -> bool {
+        self.stop.is_lingering()
+    }
+
     fn deferred(&self, pending: &PageSet) -> u64 {
         self.plan.map_or(0, |plan| pending.len().saturating_sub(plan.left))
     }

@@ -3,10 +3,10 @@
 //! With S pages sent, N pages to send at all, B pages/s, base = N/B and K pages in the downtime budget, at each
 //! sample:
 //!
-//! * backlog <= K: stop. Or go on for a little, where the user would rather have a shorter downtime (`linger`): if what is likely
-//!   to be written until the rest is sent, or until the next sample, whichever is later, is a small enough share of the rest. That
-//!   costs the migration as much time as it takes to send what is written, and saves the guest the rest of the backlog's.
-//!   It ends at the latest after twice the time that this should take.
+//! * backlog <= K: stop. Or send the rest first, where the user would rather have a shorter downtime (`linger`), if what is likely to
+//!   be written meanwhile is a small enough share of it, and stop when it is sent, or at the latest after twice the time that
+//!   this should take. That costs the migration as much time as it takes to send what was written, and saves the guest
+//!   the time for the rest.
 //! * Hopeless: the clairvoyant bound was above 3K in every sample of one base time, and S > 1.2 N. From then on
 //!   take the first backlog that is no worse than the least since S > N.
 //! * No progress: S > 1.15 N, the bound was near the budget over the last fifth of a base time (its mean at most 1.5K: a
@@ -114,8 +114,9 @@ pub(super) struct StopRule {
     last_backlog: Option<u64>,
     rise: f64,
     throttle: Throttle,
-    /// When the rest was found to fit and it was decided to linger: until when at the latest.
+    /// The rest was found to fit and is sent before the stop: until when at the latest.
     lingers_until: Option<Duration>,
+    is_lingering: bool,
     verdict: Verdict,
 }
 
@@ -133,6 +134,7 @@ impl StopRule {
             rise: 0.0,
             throttle: Throttle::new(),
             lingers_until: None,
+            is_lingering: false,
             verdict: Verdict::Continue,
         }
     }
@@ -145,6 +147,9 @@ impl StopRule {
             || pages_per_s.is_nan()
             || pages_per_s <= 0.0
         {
+            if self.is_lingering && view.pending.is_empty() && view.link.in_flight == 0 {
+                self.verdict = Verdict::Stop(StopReason::WithinBudget);
+            }
             return self.verdict;
         }
         self.samples_judged = view.working_set.samples_taken();
@@ -169,12 +174,12 @@ impl StopRule {
         let stuck = sent > PROGRESS_SENT * pages as f64 && self.progress.is_too_slow(budget, room_s);
         let deadline_near = self.config.max_time.saturating_sub(view.now).as_secs_f64() < base_s / 2.0;
         let found = Findings { stuck, capped, deadline_near };
+        self.is_lingering = backlog as f64 <= budget
+            && !capped
+            && !deadline_near
+            && self.is_worth_lingering(view, backlog, interval_s);
         self.verdict = if backlog as f64 <= budget {
-            if !capped && !deadline_near && self.lingers(view, backlog, interval_s) {
-                Verdict::Continue
-            } else {
-                Verdict::Stop(StopReason::WithinBudget)
-            }
+            if self.is_lingering { Verdict::Continue } else { Verdict::Stop(StopReason::WithinBudget) }
         } else {
             match self.config.on_no_convergence {
                 OnNoConvergence::Stop => self.at_the_best_backlog(backlog, found),
@@ -191,20 +196,22 @@ impl StopRule {
         self.verdict
     }
 
-    /// Whether to go on although the rest fits.
-    fn lingers(&mut self, view: &View, backlog: u64, interval_s: f64) -> bool {
+    /// Whether the rest, which fits, is being sent before the stop.
+    pub(super) fn is_lingering(&self) -> bool {
+        self.is_lingering
+    }
+
+    /// Whether to send the rest before the stop although it fits.
+    fn is_worth_lingering(&mut self, view: &View, backlog: u64, interval_s: f64) -> bool {
         let pages_per_s = view.link.pages_per_s;
         let takes_s = backlog as f64 / pages_per_s;
         if self.config.linger <= 0.0 || takes_s <= SHORT_ENOUGH.as_secs_f64() {
             return false;
         }
-        let until_sample_s = interval_s.max(self.config.sample_interval.as_secs_f64());
-        let goes_on_s = takes_s.max(until_sample_s);
         let dirty_per_s = view.working_set.dirty_last() as f64 / interval_s.max(1e-6);
-        let until = *self
-            .lingers_until
-            .get_or_insert_with(|| view.now + Duration::from_secs_f64(2.0 * (takes_s + until_sample_s)));
-        view.now < until && dirty_per_s * goes_on_s <= self.config.linger * backlog as f64
+        let until =
+            *self.lingers_until.get_or_insert_with(|| view.now + Duration::from_secs_f64(2.0 * takes_s));
+        view.now < until && dirty_per_s * takes_s <= self.config.linger * backlog as f64
     }
 
     fn at_the_best_backlog(&self, backlog: u64, found: Findings) -> Verdict {
@@ -332,10 +339,14 @@ mod tests {
         // 200 pages take 0.2 s, in which 48 are written at 12 a sample.
         assert_eq!(bench.judge(12, 200, 0), None);
         assert_eq!(bench.judge(12, 160, 0), None);
+        let link = |in_flight| Link { pages_per_s: 1000.0, in_flight, sent: 0 };
+        assert_eq!(bench.judge_again(&pages(1000, 0..1), link(0)), Verdict::Continue);
+        assert_eq!(bench.judge_again(&pages(1000, []), link(1)), Verdict::Continue);
+        let stop = Verdict::Stop(StopReason::WithinBudget);
         assert_eq!(
-            bench.judge(12, 40, 0),
-            Some(StopReason::WithinBudget),
-            "12 before the next sample are too many"
+            bench.judge_again(&pages(1000, []), link(0)),
+            stop,
+            "all is sent: no sample is waited for"
         );
         assert_eq!(lingering().judge(13, 200, 0), Some(StopReason::WithinBudget), "52 of 200 are too many");
         assert_eq!(lingering().judge(0, 10, 0), Some(StopReason::WithinBudget), "10 ms are not worth it");
@@ -345,8 +356,8 @@ mod tests {
     #[test]
     fn lingering_ends_in_time_and_never_exceeds_cap_or_deadline() {
         let mut bench = lingering();
-        for step in 0..10 {
-            assert_eq!(bench.judge(0, 200, 0), None, "step {step}: twice 0.2 s and a sample");
+        for step in 0..8 {
+            assert_eq!(bench.judge(0, 200, 0), None, "step {step}: twice 0.2 s");
         }
         assert_eq!(bench.judge(0, 200, 0), Some(StopReason::WithinBudget));
         assert_eq!(lingering().judge(0, 200, 1950), Some(StopReason::WithinBudget), "the cap is near");

@@ -268,6 +268,13 @@ impl Scanner {
             }
             Fed::Nothing => {
                 self.rate.note_idle();
+                if self.engine.is_lingering() {
+                    if self.in_flight() == 0 && self.heed_verdict() {
+                        self.state = State::Waiting;
+                        return Ok(Step::Worked);
+                    }
+                    return Ok(Step::Wait(self.next_sample.saturating_sub(now)));
+                }
                 let since_last = now.saturating_sub(self.last_sample);
                 if self.cadence.may_be_early(since_last, now, self.samples, self.sampling) {
                     self.next_sample = now;
