@@ -43,10 +43,9 @@ def receive(listener, into):
 
 def send(address, port, congestion, out_of):
     """Sends all and waits until it has arrived; gives the seconds that it took."""
-    connection = socket.socket()
-    if congestion:  # before it connects: under one that paces it goes on pacing for good
+    connection = socket.create_connection((address, int(port)))
+    if congestion:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
-    connection.connect((address, int(port)))
     connection.recv(1)
     begun, at = time.monotonic(), 0
     while at < len(out_of):
@@ -57,12 +56,16 @@ def send(address, port, congestion, out_of):
 
 def main():
     """Is one end."""
-    what, where, size, *congestion = sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:]
+    what, where, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    congestion = sys.argv[4] if len(sys.argv) > 4 else None
     if what == "receive":
         listener = socket.create_server((where, 0))
         print("listening on port", listener.getsockname()[1], flush=True)
     block, before = memory(size), time.process_time()
-    took = receive(listener, block) if what == "receive" else send(*where.rsplit(":", 1), "".join(congestion), block)
+    if what == "receive":
+        took = receive(listener, block)
+    else:
+        took = send(*where.rsplit(":", 1), congestion, block)
     print(json.dumps({"bytes_per_s": size / took, "cpu_s_per_gb": (time.process_time() - before) / size * 1e9}))
 
 

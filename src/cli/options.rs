@@ -98,8 +98,8 @@ pub struct MigrationOptions {
     /// How pages get onto the wire: direct, staged, staged-copy, copy or auto
     #[arg(long, default_value = "auto")]
     pub send: SendMode,
-    /// TCP congestion control of the connections, such as cubic or dctcp [default: the system's]. One that paces in software
-    /// (bbr) costs the sender a timer for every 64 KiB
+    /// TCP congestion control of the connections, such as cubic or dctcp [default: the system's]. One that paces by
+    /// timers (bbr) costs the sender much CPU time
     #[arg(long, value_parser = congestion)]
     pub congestion: Option<String>,
     /// Cores for the stages, such as map=0,scan=0,send=1 [default: by the number of cores]

@@ -130,12 +130,12 @@ fn io_uring() -> Vec<(&'static str, String)> {
     ]
 }
 
-/// The system's. Of those that come with Linux only bbr paces by itself.
+/// The system's. That bbr paces by itself was measured (docs/data-path.md).
 fn congestion() -> String {
     match std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control") {
         Ok(name) if name.trim().starts_with("bbr") => {
             format!(
-                "{}, which costs the sender a timer for every 64 KiB; --congestion cubic has none",
+                "{}, which paces by timers and costs the sender much CPU time; --congestion cubic does not",
                 name.trim()
             )
         }

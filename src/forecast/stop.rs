@@ -174,12 +174,13 @@ impl StopRule {
         let stuck = sent > PROGRESS_SENT * pages as f64 && self.progress.is_too_slow(budget, room_s);
         let deadline_near = self.config.max_time.saturating_sub(view.now).as_secs_f64() < base_s / 2.0;
         let found = Findings { stuck, capped, deadline_near };
-        self.is_lingering = backlog as f64 <= budget
-            && !capped
-            && !deadline_near
-            && self.is_worth_lingering(view, backlog, interval_s);
-        self.verdict = if backlog as f64 <= budget {
-            if self.is_lingering { Verdict::Continue } else { Verdict::Stop(StopReason::WithinBudget) }
+        let fits = backlog as f64 <= budget;
+        self.is_lingering =
+            fits && !capped && !deadline_near && self.is_worth_lingering(view, backlog, interval_s);
+        self.verdict = if self.is_lingering {
+            Verdict::Continue
+        } else if fits {
+            Verdict::Stop(StopReason::WithinBudget)
         } else {
             match self.config.on_no_convergence {
                 OnNoConvergence::Stop => self.at_the_best_backlog(backlog, found),

@@ -76,7 +76,10 @@ fn connect<G: MovableGuest + ?Sized>(
     let unreachable = |source| MigrationError::Connect { destination: destination.to_owned(), source };
     let mut connections = Vec::with_capacity(settings.lanes);
     for lane in 0..settings.lanes {
-        let connection = dial(destination, settings.congestion.as_deref()).map_err(unreachable)?;
+        let connection = dial(destination).map_err(unreachable)?;
+        if let Some(name) = &settings.congestion {
+            socket::set_congestion(&connection, name).map_err(unreachable)?;
+        }
         connection
             .set_nodelay(true)
             .and_then(|()| socket::set_user_timeout(&connection, UNACKNOWLEDGED))
@@ -115,10 +118,10 @@ fn connect<G: MovableGuest + ?Sized>(
 }
 
 /// Connects to the first of a name's addresses that answers.
-fn dial(destination: &str, congestion: Option<&str>) -> io::Result<TcpStream> {
+fn dial(destination: &str) -> io::Result<TcpStream> {
     let mut last = io::Error::other("the name has no address");
     for address in destination.to_socket_addrs()? {
-        match socket::connect(&address, DIAL_TIMEOUT, congestion) {
+        match TcpStream::connect_timeout(&address, DIAL_TIMEOUT) {
             Ok(connection) => return Ok(connection),
             Err(error) => last = error,
         }

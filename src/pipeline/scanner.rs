@@ -269,7 +269,7 @@ impl Scanner {
             Fed::Nothing => {
                 self.rate.note_idle();
                 if self.engine.is_lingering() {
-                    if self.in_flight() == 0 && self.heed_verdict() {
+                    if self.link_to_the_end().in_flight == 0 && self.heed_verdict() {
                         self.state = State::Waiting;
                         return Ok(Step::Worked);
                     }

@@ -124,7 +124,7 @@ fn how_text(report: &Report) -> String {
         (_, true) => "registered buffers",
         (_, false) => "but the buffers cannot be registered (ulimit -l): copying sends",
     };
-    let congestion = m.congestion.iter().map(|name| format!("; TCP {name}")).collect::<String>();
+    let congestion = m.congestion.as_ref().map_or_else(String::new, |name| format!("; TCP {name}"));
     format!("{}, {registered}; slots in {}{congestion}", m.send, m.slot_backing)
 }
 

@@ -1,28 +1,20 @@
 //! Socket calls that std does not have.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream};
-use std::os::fd::AsRawFd;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
-use rustix::net::sockopt;
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use rustix::net::{AddressFamily, SocketType, sockopt};
 
-/// Connects within `patience`, under the TCP congestion control `congestion` from the first packet on. It cannot be chosen later:
-/// a socket that has once been under one which paces in software (bbr) goes on pacing, a timer for every 64 KiB.
-pub fn connect(address: &SocketAddr, patience: Duration, congestion: Option<&str>) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(*address), Type::STREAM, Some(Protocol::TCP))?;
-    if let Some(name) = congestion {
-        sockopt::set_tcp_congestion(&socket, name)?;
-    }
-    socket.connect_timeout(&SockAddr::from(*address), patience)?;
-    Ok(socket.into())
+/// Puts a connection under the TCP congestion control `name`, whose module the kernel looks for if it is allowed to.
+pub fn set_congestion<Fd: AsFd>(socket: Fd, name: &str) -> io::Result<()> {
+    Ok(sockopt::set_tcp_congestion(socket, name)?)
 }
 
-/// Errs if a connection cannot be put under the congestion control `name`, whose module the kernel looks for if it is allowed to.
+/// Errs if a connection cannot be put under the congestion control `name`.
 pub fn check_congestion(name: &str) -> io::Result<()> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
-    Ok(sockopt::set_tcp_congestion(&socket, name)?)
+    set_congestion(rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None)?, name)
 }
 
 /// The congestion control of a connection.
