@@ -18,32 +18,44 @@ use crate::pipeline::outcome::{Phase, Progress};
 use crate::pipeline::save::{SavableGuest, save};
 use crate::report::{ms, saved};
 use crate::stream::{RecordType, headers, record};
+use crate::sys::heir;
 use crate::sys::xen::CallError;
 
 /// Saves a domain of this host.
 pub fn save_domain(request: &SaveRequest, libxl: &Libxl, abort: &Abort) -> Result<SaveReport, SaveError> {
     dom0::check()?;
     let hypervisor = this_host(None).map_err(save_error)?;
-    save_on(&hypervisor, request, libxl, abort)
+    save_on(&hypervisor, request, libxl, abort, &|| {
+        if let Err(error) = heir::appoint() {
+            // The save is none the worse for it, but for a downtime that is a little longer.
+            libxl.log(
+                Level::Debug,
+                &format!("libxl has to wait for the guest's pages to be unmapped: {error}"),
+            );
+        }
+    })
 }
 
-/// Saves a domain that `hypervisor` knows.
+/// Saves a domain that `hypervisor` knows. Calls `is_ours` once it is clear that it is not left to the stock helper: this process
+/// then ends with the save.
 fn save_on(
     hypervisor: &Arc<dyn Hypervisor>,
     request: &SaveRequest,
     libxl: &Libxl,
     abort: &Abort,
+    is_ours: &dyn Fn(),
 ) -> Result<SaveReport, SaveError> {
     let settings = &request.options.settings;
     let pages = (request.options.window_bytes as usize / PAGE_SIZE).max(1);
     let xen = XenSettings {
         windows: WindowLimits { pages, ..WindowLimits::default() },
-        // The process ends with this save, and until it does libxl does not go on.
+        // The process ends with this save, and its heir, for which libxl does not wait, takes them apart.
         windows_at_end: WindowsAtEnd::LeftToExit,
         ..XenSettings::default()
     };
     let open = || XenDomain::open_with(hypervisor.clone(), request.domid, xen).map_err(save_error);
     let mut domain = open()?;
+    is_ours();
     let stream = request
         .stream
         .try_clone()

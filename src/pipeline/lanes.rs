@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender as OrderSender, channel};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use super::batch::{BATCH_PAGES, FilledSlot};
@@ -60,6 +60,14 @@ struct Lane {
     sender: JoinHandle<Result<SenderReport, SendError>>,
     mapper: Option<MapperParts>,
     mapping: Option<JoinHandle<MapperReport>>,
+}
+
+impl Lane {
+    /// Those that run.
+    fn threads(&self) -> impl Iterator<Item = Thread> {
+        let mapper = self.mapping.as_ref().map(|mapper| mapper.thread().clone());
+        mapper.into_iter().chain([self.sender.thread().clone()])
+    }
 }
 
 struct MapperParts {
@@ -208,7 +216,9 @@ impl Lanes {
             bandwidth: settings.bandwidth,
         };
         let outlets = self.outlets.clone();
-        let links = scanner::Links { lanes: batch_ends, zero_notes, outlets, orders, events: events_in };
+        let stages = self.lanes.iter().flat_map(Lane::threads).collect();
+        let links =
+            scanner::Links { lanes: batch_ends, zero_notes, outlets, orders, events: events_in, stages };
         let scanner = {
             let clock = Clock::Real(started);
             Scanner::new(log, engine, openings, links, self.shared.clone(), cadence, clock)

@@ -231,14 +231,11 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
         lanes: &mut Lanes,
         started: Instant,
     ) -> Result<(ScannerReport, Vec<MapperReport>), MigrationError> {
-        let mut shown = Instant::now();
         while !lanes.shared.all_sent() {
             self.look(lanes)?;
-            if shown.elapsed() > LOOK {
-                self.show(lanes, started);
-                shown = Instant::now();
-            }
-            std::thread::sleep(Duration::from_micros(200));
+            self.show(lanes, started);
+            // Each lane that is done ends this.
+            std::thread::park_timeout(LOOK);
         }
         let FeederReports { scanner, mappers } = lanes.join_feeders();
         Ok((scanner.ok_or_else(|| self.broken())?, mappers))

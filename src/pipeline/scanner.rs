@@ -5,7 +5,8 @@
 //! handed out can no longer be held back, and has to be waited for at the stop.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::thread::Thread;
 use std::time::Duration;
 
 use super::batch::{BATCH_PAGES, Batch};
@@ -15,6 +16,7 @@ use super::dealer::{Dealer, Obstacle};
 use super::lanes::BATCH_RING;
 use super::latency::{Latencies, Stage};
 use super::link_rate::LinkRate;
+use super::live::LOOK;
 use super::log_peek::{LogPeek, Peeks};
 use super::openings::Openings;
 use super::outlet::Outlet;
@@ -95,6 +97,8 @@ pub struct Links {
     pub orders: Receiver<Order>,
     /// To control.
     pub events: Sender<Event>,
+    /// The threads behind the scanner, which it wakes when the guest stands still.
+    pub stages: Vec<Thread>,
 }
 
 /// The scanner's state.
@@ -107,6 +111,7 @@ pub struct Scanner {
     shared: Arc<Shared>,
     orders: Receiver<Order>,
     events: Sender<Event>,
+    stages: Vec<Thread>,
     cadence: Cadence,
     clock: Clock,
     state: State,
@@ -161,7 +166,7 @@ impl Scanner {
         clock: Clock,
     ) -> Self {
         let nr_pages = engine.pending().nr_pages();
-        let Links { lanes, zero_notes, outlets, orders, events } = links;
+        let Links { lanes, zero_notes, outlets, orders, events, stages } = links;
         let rate = LinkRate::new(cadence.bandwidth);
         let all = Link { pages_per_s: rate.pages_per_s(), in_flight: 0, sent: 0 };
         let downtime_us = engine.forecast_downtime(&all).as_micros() as u64;
@@ -177,6 +182,7 @@ impl Scanner {
             shared,
             orders,
             events,
+            stages,
             cadence,
             clock,
             state: if cadence.live { State::Sending } else { State::Waiting },
@@ -219,12 +225,22 @@ impl Scanner {
     fn work(&mut self) -> Result<(), GuestError> {
         let mut idle = self.shared.idle();
         while !self.shared.is_aborted() {
-            match self.step()? {
+            let step = if self.state == State::Waiting { self.await_order()? } else { self.step()? };
+            match step {
                 Step::Done => break,
                 step => idle.follow(step),
             }
         }
         Ok(())
+    }
+
+    /// Sleeps until control has an order: the guest is being suspended, and whoever does that may need the core.
+    fn await_order(&mut self) -> Result<Step, GuestError> {
+        match self.orders.recv_timeout(LOOK) {
+            Ok(Order::Final) => self.finish(),
+            Err(RecvTimeoutError::Timeout) => Ok(Step::Worked),
+            Err(RecvTimeoutError::Disconnected) => Ok(Step::Done),
+        }
     }
 
     /// Does what is to be done now.
@@ -233,7 +249,7 @@ impl Scanner {
             return Ok(self.deal_last());
         }
         match self.orders.try_recv() {
-            Ok(Order::Final) => return self.finish().map(|()| Step::Worked),
+            Ok(Order::Final) => return self.finish(),
             Err(TryRecvError::Disconnected) => return Ok(Step::Done),
             Err(TryRecvError::Empty) => {}
         }
@@ -250,8 +266,7 @@ impl Scanner {
             if self.heed_verdict() {
                 // Until the guest stands still nothing more is handed out, which says nothing about the link.
                 self.rate.note_idle();
-                self.state = State::Waiting;
-                return Ok(Step::Worked);
+                return Ok(self.begin_waiting());
             }
         }
         match self.feed(now)? {
@@ -270,8 +285,7 @@ impl Scanner {
                 self.rate.note_idle();
                 if self.engine.is_lingering() {
                     if self.link_to_the_end().in_flight == 0 && self.heed_verdict() {
-                        self.state = State::Waiting;
-                        return Ok(Step::Worked);
+                        return Ok(self.begin_waiting());
                     }
                     return Ok(Step::Wait(self.next_sample.saturating_sub(now)));
                 }
@@ -421,8 +435,15 @@ impl Scanner {
         }
     }
 
+    /// Nothing more is handed out until the guest stands still.
+    fn begin_waiting(&mut self) -> Step {
+        self.shared.begin_quiet();
+        self.state = State::Waiting;
+        Step::Worked
+    }
+
     /// The guest is suspended: dirty, pending and never sent are all that is left; nothing is added any more.
-    fn finish(&mut self) -> Result<(), GuestError> {
+    fn finish(&mut self) -> Result<Step, GuestError> {
         if self.cadence.live {
             self.sample(true)?;
         }
@@ -431,7 +452,9 @@ impl Scanner {
         self.handed_out += last.len();
         self.dealer.begin_last(last);
         self.state = State::Finishing;
-        Ok(())
+        let step = self.deal_last();
+        self.shared.end_quiet(&self.stages);
+        Ok(step)
     }
 
     /// Hands out of the last pages what there is room for.
@@ -490,8 +513,14 @@ mod tests {
         let (to_lane, mut lane) = crate::pipeline::ring::ring(2);
         let (order, orders) = std::sync::mpsc::channel();
         let (events, _seen) = std::sync::mpsc::channel();
-        let links =
-            Links { lanes: vec![to_lane], zero_notes: Vec::new(), outlets: Vec::new(), orders, events };
+        let links = Links {
+            lanes: vec![to_lane],
+            zero_notes: vec![],
+            outlets: vec![],
+            orders,
+            events,
+            stages: vec![],
+        };
         let shared = Arc::new(Shared::new(1, false));
         let slow = Cadence {
             live: true,
@@ -542,8 +571,14 @@ mod tests {
         let (to_lane, _lane) = crate::pipeline::ring::ring(2);
         let (_order, orders) = std::sync::mpsc::channel();
         let (events, _seen) = std::sync::mpsc::channel();
-        let links =
-            Links { lanes: vec![to_lane], zero_notes: Vec::new(), outlets: Vec::new(), orders, events };
+        let links = Links {
+            lanes: vec![to_lane],
+            zero_notes: vec![],
+            outlets: vec![],
+            orders,
+            events,
+            stages: vec![],
+        };
         let cadence = Cadence { live: true, sample_interval: ms(50), share: Some(0.02), bandwidth: None };
         let clock = Clock::Simulated(Arc::default());
         let engine = engine(crate::forecast::PolicyKind::Ar, PageSet::full(512));

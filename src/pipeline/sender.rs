@@ -220,7 +220,7 @@ impl Sender {
             }
         }
         // Nobody has to wait for the notifications, which come when the other side acknowledges.
-        self.shared.lanes[self.setup.lane].note_all_sent();
+        self.shared.note_all_sent(self.setup.lane);
         while self.ledger.requests_in_flight() > 0 {
             if self.shared.is_aborted() {
                 return Err(SendError::Aborted);

@@ -1,6 +1,8 @@
 //! What the stages tell each other beside the rings: counters, a snapshot for the display, and the word to stop.
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::thread::Thread;
 use std::time::Duration;
 
 use crossbeam::utils::CachePadded;
@@ -56,16 +58,20 @@ pub struct Shared {
     /// The scanner's last word.
     pub status: CachePadded<ScannerStatus>,
     abort: AtomicBool,
+    quiet: AtomicBool,
+    control: Thread,
     spin: bool,
 }
 
 impl Shared {
-    /// For `lanes` lanes; `spin`: idle stages burn their cores instead of sleeping.
+    /// For `lanes` lanes, made by the control thread; `spin`: idle stages burn their cores instead of sleeping.
     pub fn new(lanes: usize, spin: bool) -> Self {
         Shared {
             lanes: (0..lanes).map(|_| CachePadded::default()).collect(),
             status: CachePadded::default(),
             abort: AtomicBool::new(false),
+            quiet: AtomicBool::new(false),
+            control: std::thread::current(),
             spin,
         }
     }
@@ -95,6 +101,25 @@ impl Shared {
         self.lanes.iter().map(|lane| lane.data_pages.load(Ordering::Relaxed)).sum()
     }
 
+    /// Has stages that find nothing to do sleep longer, because the guest is being suspended and nothing new comes meanwhile.
+    /// Where dom0 has one core, whoever suspends the guest needs it.
+    pub fn begin_quiet(&self) {
+        self.quiet.store(true, Ordering::Release);
+    }
+
+    /// Ends that, and wakes `stages`.
+    pub fn end_quiet(&self, stages: &[Thread]) {
+        // Before the waking: a stage that still sees the old word finds its wake-up when it goes to sleep.
+        self.quiet.store(false, Ordering::Release);
+        stages.iter().for_each(Thread::unpark);
+    }
+
+    /// Notes that a lane's last byte is on its way, and wakes control.
+    pub fn note_all_sent(&self, lane: usize) {
+        self.lanes[lane].note_all_sent();
+        self.control.unpark();
+    }
+
     /// Whether every lane's last byte is on its socket: what is written there now comes after it.
     pub fn all_sent(&self) -> bool {
         self.lanes.iter().all(|lane| lane.all_sent.load(Ordering::Acquire))
@@ -106,8 +131,8 @@ impl Shared {
     }
 
     /// A stage's way of waiting.
-    pub fn idle(&self) -> Idle {
-        Idle { spin: self.spin, nap: Idle::SHORTEST, slept: Duration::ZERO, pace: Duration::ZERO }
+    pub fn idle(self: &Arc<Self>) -> Idle {
+        Idle { shared: self.clone(), nap: Idle::SHORTEST, slept: Duration::ZERO, pace: Duration::ZERO }
     }
 }
 
@@ -132,7 +157,7 @@ pub enum Step {
 /// nap costs some 100 microseconds of CPU, longer naps and fewer samples together took the save helper from 28 to 11 CPU
 /// seconds a migration.)
 pub struct Idle {
-    spin: bool,
+    shared: Arc<Shared>,
     nap: Duration,
     /// Slept since there was work.
     slept: Duration,
@@ -144,6 +169,7 @@ impl Idle {
     const SHORTEST: Duration = Duration::from_micros(40);
     const LONGEST: Duration = Duration::from_micros(500);
     const LONGEST_WHEN_SLOW: Duration = Duration::from_millis(4);
+    const WHEN_QUIET: Duration = Duration::from_millis(4);
 
     /// Waits as long as is right after a step.
     pub fn follow(&mut self, step: Step) {
@@ -165,6 +191,11 @@ impl Idle {
 
     /// There was none: waits a little, `most` at most.
     pub fn wait(&mut self, most: Duration) {
+        if !cfg!(loom) && !self.shared.spin && self.shared.quiet.load(Ordering::Acquire) {
+            std::thread::park_timeout(Self::WHEN_QUIET.min(most));
+            self.nap = Self::SHORTEST;
+            return;
+        }
         let nap = self.nap().min(most);
         self.sleep(nap);
     }
@@ -173,7 +204,7 @@ impl Idle {
     pub fn sleep(&self, nap: Duration) {
         if cfg!(loom) {
             yield_now();
-        } else if self.spin {
+        } else if self.shared.spin {
             std::hint::spin_loop();
         } else {
             std::thread::sleep(nap);
@@ -186,7 +217,7 @@ impl Idle {
         self.slept = self.slept.saturating_add(nap);
         let longest = (self.pace / 4).clamp(Self::LONGEST, Self::LONGEST_WHEN_SLOW);
         self.nap = (nap * 2).min(longest);
-        if self.spin { Duration::ZERO } else { nap }
+        if self.shared.spin { Duration::ZERO } else { nap }
     }
 }
 
@@ -196,7 +227,7 @@ mod tests {
 
     /// The longest nap of a stage that gets work whenever it has slept for `gap`, after a while.
     fn longest_nap(gap: Duration) -> Duration {
-        let mut idle = Shared::new(1, false).idle();
+        let mut idle = Arc::new(Shared::new(1, false)).idle();
         let mut longest = Duration::ZERO;
         for _ in 0..50 {
             longest = Duration::ZERO;

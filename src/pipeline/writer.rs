@@ -90,7 +90,7 @@ impl Writer {
                 }
                 Err(PopError::Empty) => idle.wait(Duration::MAX),
                 Err(PopError::Closed) => {
-                    self.shared.lanes[self.setup.lane].note_all_sent();
+                    self.shared.note_all_sent(self.setup.lane);
                     return Ok(());
                 }
             }

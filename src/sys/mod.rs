@@ -10,6 +10,7 @@ pub mod exec;
 pub mod fault_cost;
 pub mod guardian;
 pub mod guest_memory;
+pub mod heir;
 pub mod huge_pages;
 pub mod memory_info;
 pub mod pagemap;

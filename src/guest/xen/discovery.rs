@@ -46,7 +46,7 @@ fn probes(population: &Population, wanted: impl Fn(usize) -> bool) -> Vec<Pfn> {
     for chunk in (0..population.known().nr_chunks()).filter(|chunk| wanted(*chunk)) {
         let mut pages = population.chunk_pages(chunk);
         let first = pages.next();
-        probes.extend(first.into_iter().chain(pages.last()));
+        probes.extend(first.into_iter().chain(pages.next_back()));
     }
     probes
 }
@@ -172,6 +172,5 @@ fn cost(population: &Population, asker: &Asker, found: Found, began: Instant) ->
 
 /// The pages of `chunks` that are not known to be there.
 fn unknown(population: &Population, chunks: &[usize]) -> Vec<Pfn> {
-    let pages = chunks.iter().flat_map(|chunk| population.chunk_pages(*chunk));
-    pages.filter(|pfn| !population.known().contains(*pfn)).collect()
+    chunks.iter().flat_map(|chunk| population.unknown_pages(*chunk)).collect()
 }

@@ -57,8 +57,9 @@ pub enum WindowsAtEnd {
     /// They are unmapped.
     #[default]
     Unmapped,
-    /// They are left to the end of the process, which is to follow at once. A PV dom0's kernel takes an ending process's page
-    /// tables back from Xen first and then clears them directly, where munmap has Xen emulate each entry.
+    /// They are left to the end of the process, which is to follow at once, or of its heir ([`crate::sys::heir`]). A PV dom0's
+    /// kernel takes an ending process's page tables back from Xen first and then clears them directly, where munmap has Xen
+    /// emulate each entry.
     LeftToExit,
 }
 

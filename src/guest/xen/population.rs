@@ -156,10 +156,26 @@ impl Population {
     }
 
     /// The pages of a chunk, known or not, up to the end of the page-number space.
-    pub(super) fn chunk_pages(&self, chunk: usize) -> impl Iterator<Item = Pfn> + use<> {
+    pub(super) fn chunk_pages(&self, chunk: usize) -> impl DoubleEndedIterator<Item = Pfn> + use<> {
         let first = (chunk * CHUNK_PAGES) as u64;
         let end = (first + CHUNK_PAGES as u64).min(self.known.nr_pages());
         (first..end).map(Pfn)
+    }
+
+    /// The pages of a chunk that are not known to be there, up to the end of the page-number space.
+    pub(super) fn unknown_pages(&self, chunk: usize) -> impl Iterator<Item = Pfn> {
+        let first = (chunk * CHUNK_PAGES) as u64;
+        let end = self.known.nr_pages();
+        let words = self.known.chunk_words(chunk).iter().zip((first..end).step_by(64));
+        let unknown = words.flat_map(move |(word, first)| {
+            let mut left = !word;
+            std::iter::from_fn(move || {
+                let place = left.trailing_zeros();
+                left &= left.wrapping_sub(1);
+                (place < 64).then_some(Pfn(first + u64::from(place)))
+            })
+        });
+        unknown.take_while(move |pfn| pfn.0 < end)
     }
 }
 
@@ -217,6 +233,26 @@ mod tests {
             let before = (0..at).filter(|page| contains(&mask, *page)).count();
             prop_assert_eq!(rank(&mask, at), before);
             prop_assert_eq!(rank(&mask, 511) + usize::from(contains(&mask, 511)), count(&mask));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_not_known_of_a_chunk_is_the_rest_of_it(
+            nr_pfns in 513u64..1100,
+            known in prop::collection::btree_set(0u64..1100, 0..600),
+        ) {
+            let mut population = Population::new(nr_pfns);
+            for pfn in known.range(..nr_pfns) {
+                population.note(Pfn(*pfn), true);
+            }
+            for chunk in 0..population.known().nr_chunks() {
+                let rest = population.chunk_pages(chunk).filter(|pfn| !known.contains(&pfn.0));
+                prop_assert_eq!(
+                    population.unknown_pages(chunk).collect::<Vec<_>>(),
+                    rest.collect::<Vec<_>>()
+                );
+            }
         }
     }
 

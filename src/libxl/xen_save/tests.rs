@@ -88,7 +88,7 @@ impl Setup {
         options.settings.bandwidth = Some(200_000_000);
         let request = SaveRequest { domid: DOMID, live: self.live, stream: into, options };
         let hypervisor: Arc<dyn Hypervisor> = self.simulated.clone();
-        let result = save_on(&hypervisor, &request, &libxl, &abort);
+        let result = save_on(&hypervisor, &request, &libxl, &abort, &|| {});
         over.store(true, Ordering::Release);
         guest.join().unwrap();
         drop((request, libxl));

@@ -158,7 +158,8 @@ impl Simulation {
             let _ = orders.send(Order::Final);
         }
         let (events_in, events) = channel();
-        let ends = Links { lanes, zero_notes, outlets: Vec::new(), orders: orders_out, events: events_in };
+        let (outlets, stages) = (Vec::new(), Vec::new());
+        let ends = Links { lanes, zero_notes, outlets, orders: orders_out, events: events_in, stages };
         let log =
             Log { machine: machine.clone(), now: now.clone(), cost: Duration::from_micros(scenario.look_us) };
         let openings = (scenario.wire == Wire::Standard).then(|| Openings::new(populated.clone()));
