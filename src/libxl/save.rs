@@ -27,7 +27,7 @@ pub struct SaveRequest {
 /// How a save went.
 #[derive(Clone, Debug)]
 pub struct SaveReport {
-    /// An object for the report, which gets the domain's number and whether it was live as well.
+    /// An object for the report, which gets the domain's number and whether it was live as well; null if none is configured.
     pub report: Value,
     /// For people: a few lines, each of which also goes to xl's log.
     pub summary: String,

@@ -184,6 +184,9 @@ impl Mapper {
     }
 
     fn look_again(&mut self) -> Option<Batch> {
+        if self.again.is_none() && self.absent.is_empty() {
+            return None;
+        }
         let again = self.again.get_or_insert_with(|| {
             std::mem::replace(&mut self.absent, PageSet::empty(self.zero_set.nr_pages()))
         });

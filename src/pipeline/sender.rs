@@ -257,7 +257,7 @@ impl Sender {
             entries += u64::from(filled.payload().entries);
             data_pages += u64::from(filled.payload().data_pages);
             let slot_bytes = wire_bytes(&filled);
-            self.pacer.sent(self.started.elapsed(), slot_bytes);
+            self.pacer.sent(self.pacer.since(self.started), slot_bytes);
             bytes += slot_bytes;
             let ticket = match self.ledger.begin(filled) {
                 Ok(ticket) => ticket,
@@ -265,7 +265,7 @@ impl Sender {
             };
             chain[length] = Some(ticket);
             length += 1;
-            if length < CHAIN_SLOTS && self.pacer.delay(self.started.elapsed()).is_zero() {
+            if length < CHAIN_SLOTS && self.pacer.delay(self.pacer.since(self.started)).is_zero() {
                 next = self.filled.pop().ok();
             }
         }
@@ -288,7 +288,7 @@ impl Sender {
 
     fn wait_for_turn(&mut self) -> Result<(), SendError> {
         loop {
-            let delay = self.pacer.delay(self.started.elapsed());
+            let delay = self.pacer.delay(self.pacer.since(self.started));
             if delay.is_zero() {
                 return Ok(());
             }

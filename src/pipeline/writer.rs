@@ -103,9 +103,9 @@ impl Writer {
         let mut bytes = 0;
         loop {
             let slot_bytes = slots[slots.len() - 1].bytes().len();
-            self.pacer.sent(self.started.elapsed(), slot_bytes as u64);
+            self.pacer.sent(self.pacer.since(self.started), slot_bytes as u64);
             bytes += slot_bytes;
-            if slots.len() == SLOTS_AT_ONCE || !self.pacer.delay(self.started.elapsed()).is_zero() {
+            if slots.len() == SLOTS_AT_ONCE || !self.pacer.delay(self.pacer.since(self.started)).is_zero() {
                 break;
             }
             match self.filled.pop() {
@@ -145,7 +145,7 @@ impl Writer {
 
     fn wait_for_turn(&mut self) -> Result<(), SendError> {
         loop {
-            let delay = self.pacer.delay(self.started.elapsed());
+            let delay = self.pacer.delay(self.pacer.since(self.started));
             if delay.is_zero() {
                 return Ok(());
             }

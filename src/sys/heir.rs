@@ -5,7 +5,7 @@
 //! With an heir the memory is not taken apart before the heir ends too, and nobody waits for that.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use libc::{c_int, c_void};
 
@@ -18,6 +18,8 @@ struct Testament {
     /// Where the heir stands.
     state: AtomicU32,
 }
+
+static APPOINTED: AtomicBool = AtomicBool::new(false);
 
 const STARTING: u32 = 0;
 const READY: u32 = 1;
@@ -62,12 +64,18 @@ pub fn appoint() -> io::Result<i32> {
         std::thread::yield_now();
     }
     if state.load(Ordering::Acquire) == READY {
+        APPOINTED.store(true, Ordering::Release);
         return Ok(child);
     }
     while !is_over(child) {
         std::thread::yield_now();
     }
     Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Whether this process has an heir: large mappings are then better left than taken apart.
+pub fn is_appointed() -> bool {
+    APPOINTED.load(Ordering::Acquire)
 }
 
 /// Whether the child has ended.
@@ -164,7 +172,9 @@ mod tests {
 
     fn specimen() {
         let testament = std::hint::black_box(vec![1u8; TESTAMENT_BYTES]);
+        assert!(!super::is_appointed());
         let heir = super::appoint().unwrap();
+        assert!(super::is_appointed());
         println!("heir {heir}");
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
         assert_eq!(testament[TESTAMENT_BYTES - 1], 1);

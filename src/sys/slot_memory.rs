@@ -11,6 +11,8 @@ use std::alloc::Layout;
 use std::ptr::{self, NonNull};
 use std::{fmt, fs, io};
 
+use super::heir;
+
 /// The machine's smallest page; sizes are rounded up to it.
 const SMALL_PAGE: usize = 4096;
 
@@ -196,6 +198,10 @@ impl SlotMemory {
 
 impl Drop for SlotMemory {
     fn drop(&mut self) {
+        if heir::is_appointed() {
+            // This process is at its end, and somebody may wait for it.
+            return;
+        }
         match self.mapping {
             // SAFETY: `base` came from `alloc` with this layout, and this is the only place that gives it back.
             Mapping::HugeTlb(layout) => unsafe { hugepage_rs::dealloc(self.base.as_ptr(), layout) },

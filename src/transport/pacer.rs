@@ -5,7 +5,7 @@
 //! if every send waits as [`Pacer::delay`] says; and a caller that sends whenever it may reaches the cap, even if
 //! its sleeps end late by less than [`BURST`].
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How much unused time is kept as credit. Long enough to absorb a timer that fires late on a busy dom0, short
 /// enough that the burst after it fits the queue of a switch port (10 ms of 10 Gbit/s is 12.5 MB).
@@ -34,6 +34,12 @@ impl Pacer {
     pub fn new(bytes_per_s: Option<u64>) -> Self {
         let bytes_per_s = bytes_per_s.filter(|&rate| rate > 0);
         Self { bytes_per_s, used_until: Duration::ZERO, used_remainder: 0 }
+    }
+
+    /// The time since `started`, or zero where there is no cap: it is of no matter then, and looking at the clock is a system
+    /// call in the dom0 of the Xen lab.
+    pub fn since(&self, started: Instant) -> Duration {
+        self.bytes_per_s.map_or(Duration::ZERO, |_| started.elapsed())
     }
 
     /// How long to wait, from `now`, before the next send may start; zero if it may start at once.
