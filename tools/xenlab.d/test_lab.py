@@ -11,7 +11,7 @@ import unittest
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-from lab import compare, guest, images, jobs, migration, process, tables  # noqa: E402
+from lab import compare, guest, images, jobs, migration, parts, process, tables  # noqa: E402
 from lab.cpio import Cpio  # noqa: E402
 from lab.errors import LabError  # noqa: E402
 
@@ -97,6 +97,21 @@ class Results(unittest.TestCase):
         self.assertEqual(cells[:5], ["stock", "3", "2.5 (1.0 to 3.0)", "5 (5 to 5)", "-"])
         self.assertEqual(cells[-3:], ["8", "0", "5"])
         self.assertEqual(head.count("|"), row.count("|"))
+
+    def test_the_parts_of_a_silence_are_cut_at_the_last_lines_that_say_so_on_either_host(self):
+        source = "9.0 guest has suspended\n10.0 x suspend request via XenBus\n10.07 guest has suspended\n"
+        logs = {
+            "source": source + "10.2 debug: libxl.c:798:libxl__fd_flags_restore: fnctl\n",
+            "destination": "10.25 migration target: Transfer complete, r\n10.3 Domain started successsfully.\n",
+        }
+        cut = parts.cut(logs)
+        self.assertEqual(cut, {"suspend": 70.0, "save": 130.0, "restore": 50.0, "start": 50.0})
+        line = {"contender": "stock", "guest": {"workload": "kv"}, "silence_ms": 420, "parts": cut}
+        row = parts.summary([line, dict(line, parts=None)], "kv", ["stock"]).splitlines()[-1]
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        self.assertEqual(cells, ["stock", "1", "70", "130", "50", "50", "300", "120"])
+        with self.assertRaisesRegex(LabError, "destination's xl has no line with 'Domain started'"):
+            parts.cut(dict(logs, destination="10.25 Transfer complete\n"))
 
     def test_a_table_has_lines_of_one_width(self):
         text = tables.table(["a", "bb"], [["x", 1], ["yyy", None]])

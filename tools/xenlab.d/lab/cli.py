@@ -94,6 +94,8 @@ def parser():
     against.add_argument("--runs", metavar="N", type=int, default=5, help="of each, for each workload (default: 5)")
     text = "no further run that counts system calls"
     against.add_argument("--no-strace", dest="strace", action="store_false", help=text)
+    text = "have xl log everything, and show where the silence goes"
+    against.add_argument("--parts", action="store_true", help=text)
     against.add_argument("--keep", action="store_true", help="leave the lab standing")
     env_argument(against, "pagecast")
     guest_arguments(against, workload=False)

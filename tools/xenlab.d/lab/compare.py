@@ -10,7 +10,7 @@ import json
 import statistics
 import time
 
-from . import guest, migration
+from . import guest, migration, parts
 from .migration import Helper
 from .tables import mebibytes, table
 from .trials import Standing, check_helper, install
@@ -36,7 +36,7 @@ def compare(lab, options, settings, environment):
     lines = []
     with Standing(lab, options.keep) as hosts, open(path, "w", encoding="utf-8") as file:
         contenders = contenders_of(install(hosts, options.helper), options.policies, environment)
-        turns = Turns(lab, hosts, contenders)
+        turns = Turns(lab, hosts, contenders, options.parts)
         for workload in options.workloads:
             turns.begin(dataclasses.replace(settings, workload=workload))
             for run in range(options.runs + options.strace):
@@ -46,6 +46,8 @@ def compare(lab, options, settings, environment):
                     file.write(json.dumps(line) + "\n")
                     file.flush()
             print(f"\n{workload}:\n\n{summary(lines, workload, list(contenders))}", flush=True)
+            if options.parts:
+                print(f"\n{parts.summary(lines, workload, list(contenders))}", flush=True)
     lab.say(f"each migration is a line of {path}")
 
 
@@ -61,10 +63,11 @@ def contenders_of(helper, policies, environment):
 class Turns:
     """The migrations one after the other; the guest goes back and forth."""
 
-    def __init__(self, lab, hosts, contenders):
+    def __init__(self, lab, hosts, contenders, stamped=False):
         self.lab = lab
         self.hosts = hosts
         self.contenders = contenders
+        self.stamped = stamped
 
     def begin(self, settings):
         """A fresh guest on the first host."""
@@ -78,7 +81,8 @@ class Turns:
         first = run % len(names)
         for name in names[first:] + names[:first]:
             source, destination = self.hosts if self.on_first else reversed(self.hosts)
-            record = migration.migrate(self.lab, source, destination, self.contenders[name], strace=traced)
+            stamped = self.stamped and not traced
+            record = migration.migrate(self.lab, source, destination, self.contenders[name], traced, stamped)
             self.on_first = not self.on_first
             self.lab.say(
                 f"{self.settings.workload}, {name}, {'traced' if traced else f'run {run + 1}'}:"

@@ -8,7 +8,7 @@ import json
 import shlex
 import struct
 
-from . import guest, jobs
+from . import guest, jobs, parts
 from .clock import set_clocks
 from .errors import LabError
 
@@ -18,6 +18,8 @@ SHORT_LIMIT_S = 120
 PAGE_BYTES = 4096
 TRIAL = "/root/trial"
 WRAPPER = "/usr/sbin/lab-save-helper"
+SENT_LOG = f"{TRIAL}/xl"
+RECEIVED_LOG = "/root/received"
 SAVED = "/root/guest.save"
 SETTLE_LIMIT_S = 300
 
@@ -58,18 +60,21 @@ class Record:
     dom0_cpu_s: float | None = None
     # Calls by name, of the helper and its threads; counted only where that was asked for.
     syscalls: dict | None = None
+    # Milliseconds of each part of the silence; only where that was asked for.
+    parts: dict | None = None
     report: dict | None = None
 
 
-def migrate(lab, source, destination, helper, strace=False):
-    """Migrates the guest and waits until it has checked all of its memory at the destination."""
+def migrate(lab, source, destination, helper, strace=False, stamped=False):
+    """Migrates the guest and waits until it has checked all of its memory at the destination. `stamped`: with xl's debug
+    logs, from which the parts of the silence follow."""
     clock_ms = set_clocks(lab, [source, destination])
     before = guest.read(source).last()
     jobs.must(destination, f"rm -f {guest.CONSOLE}", SHORT_LIMIT_S)
     frames = populated_frames(source)
-    receiver = start_receiver(destination)
+    receiver = start_receiver(destination, stamped)
     try:
-        sent = jobs.run(source, sender_script(destination, helper, strace), LIMIT_S)
+        sent = jobs.run(source, sender_script(destination, helper, strace, stamped), LIMIT_S)
         if sent.code != 0:
             raise LabError(f"the migration from {source.name} failed: {reason(sent, receiver)}")
         if receiver.wait(SHORT_LIMIT_S) != 0:
@@ -89,14 +94,16 @@ def migrate(lab, source, destination, helper, strace=False):
         pages=pages_sent(source, frames),
         helper_cpu_s=helper_cpu_s(source),
         syscalls=syscalls(source) if strace else None,
+        parts=silence_parts(source, destination) if stamped else None,
         report=json_report(source),
         **settled,
     )
 
 
-def start_receiver(host):
+def start_receiver(host, stamped=False):
     """Has a host receive a guest with stock Xen, over TCP."""
-    return jobs.Job(host, f"exec socat -b 1048576 TCP-LISTEN:{PORT},reuseaddr EXEC:'xl migrate-receive'")
+    program = f"/usr/sbin/receive-stamped {RECEIVED_LOG}" if stamped else "xl migrate-receive"
+    return jobs.Job(host, f"exec socat -b 1048576 TCP-LISTEN:{PORT},reuseaddr EXEC:'{program}'")
 
 
 def transport(destination):
@@ -104,8 +111,12 @@ def transport(destination):
     return f"socat -b 1048576 - TCP:{destination.address}:{PORT},retry=100,interval=0.1"
 
 
-def sender_script(destination, helper, strace):
+def sender_script(destination, helper, strace, stamped=False):
     """Migrates, and notes what that took: by dom0's own clock, its network card and Xen's account of its time."""
+    migrate_guest = f"migrate -s '' {guest.NAME} \"{transport(destination)}\""
+    command = f"xl {migrate_guest}"
+    if stamped:
+        command = f"set -o pipefail; xl -vvv {migrate_guest} 2>&1 | /usr/sbin/stamp-lines {SENT_LOG}"
     return f"""
 rm -rf {TRIAL}; mkdir {TRIAL}
 {helper.exports(strace)}
@@ -114,7 +125,7 @@ note() {{
     echo $up $(cat /sys/class/net/eth0/statistics/tx_bytes) $(xl list 0 | awk 'END {{ print $NF }}') >>{TRIAL}/numbers
 }}
 note
-xl migrate -s '' {guest.NAME} "{transport(destination)}"
+{command}
 code=$?
 note
 exit $code
@@ -128,6 +139,12 @@ def trial_numbers(host):
     ]
     seconds, wire_bytes, cpu_s = [end - begin for begin, end in zip(before, after)]
     return {"seconds": round(seconds, 2), "wire_bytes": wire_bytes, "dom0_cpu_s": round(cpu_s, 1)}
+
+
+def silence_parts(source, destination):
+    """Milliseconds of each part of the last migration's silence."""
+    received = jobs.must(destination, f"cat {RECEIVED_LOG}", SHORT_LIMIT_S)
+    return parts.cut({parts.SOURCE: jobs.must(source, f"cat {SENT_LOG}", SHORT_LIMIT_S), parts.DESTINATION: received})
 
 
 def save_and_restore(host, helper):
