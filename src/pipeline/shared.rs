@@ -156,6 +156,8 @@ pub enum Step {
 /// Behind a slow link work comes every few milliseconds, and the naps grow to a quarter of that. (In the Xen lab, where a
 /// nap costs some 100 microseconds of CPU, longer naps and fewer samples together took the save helper from 28 to 11 CPU
 /// seconds a migration.)
+///
+/// While the guest is being suspended ([`Shared::begin_quiet`]) they are longer still, and end when there is work again.
 pub struct Idle {
     shared: Arc<Shared>,
     nap: Duration,
@@ -240,6 +242,20 @@ mod tests {
             idle.worked();
         }
         longest
+    }
+
+    #[test]
+    fn a_stage_that_was_left_in_peace_is_quick_again_afterwards() {
+        let shared = Arc::new(Shared::new(1, false));
+        let mut idle = shared.idle();
+        (0..10).for_each(|_| drop(idle.nap()));
+        assert!(idle.nap > Idle::SHORTEST);
+        shared.begin_quiet();
+        shared.end_quiet(&[std::thread::current()]);
+        shared.begin_quiet();
+        // Woken before it went to sleep.
+        idle.wait(Duration::MAX);
+        assert_eq!(idle.nap(), Idle::SHORTEST);
     }
 
     #[test]
