@@ -51,7 +51,7 @@ fn save_on(
     let pages = (request.options.window_bytes as usize / PAGE_SIZE).max(1);
     let xen = XenSettings {
         windows: WindowLimits { pages, ..WindowLimits::default() },
-        // The process ends with this save, and its heir, for which libxl does not wait, takes them apart.
+        // The process ends with this save, and its heir, if it has one, takes them apart: libxl does not wait for that.
         windows_at_end: WindowsAtEnd::LeftToExit,
         ..XenSettings::default()
     };

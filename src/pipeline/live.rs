@@ -231,11 +231,15 @@ impl<'a, G: GuestControl + ?Sized> Live<'a, G> {
         lanes: &mut Lanes,
         started: Instant,
     ) -> Result<(ScannerReport, Vec<MapperReport>), MigrationError> {
+        let mut shown = Instant::now();
         while !lanes.shared.all_sent() {
             self.look(lanes)?;
-            self.show(lanes, started);
             // Each lane that is done ends this.
             std::thread::park_timeout(LOOK);
+            if shown.elapsed() >= LOOK {
+                self.show(lanes, started);
+                shown = Instant::now();
+            }
         }
         let FeederReports { scanner, mappers } = lanes.join_feeders();
         Ok((scanner.ok_or_else(|| self.broken())?, mappers))

@@ -37,6 +37,9 @@ const WINDOW: Duration = Duration::from_millis(20);
 /// less, and be measured slower still. (Seen on emulated hosts: a third of what the link carries, in batches of 16 pages.)
 const LEAST_WINDOW: f64 = 256.0;
 
+/// How often the scanner looks whether what it has handed out is sent, once it hands out no more.
+const STILL_SENDING: Duration = Duration::from_millis(1);
+
 /// What full rings hold may be pages of zeroes, which go much faster than the link is.
 const LONGEST_RING_REST: Duration = Duration::from_micros(200);
 
@@ -225,7 +228,8 @@ impl Scanner {
     fn work(&mut self) -> Result<(), GuestError> {
         let mut idle = self.shared.idle();
         while !self.shared.is_aborted() {
-            let step = if self.state == State::Waiting { self.await_order()? } else { self.step()? };
+            let waits = self.state == State::Waiting && !self.shared.spins();
+            let step = if waits { self.await_order()? } else { self.step()? };
             match step {
                 Step::Done => break,
                 step => idle.follow(step),
@@ -234,13 +238,17 @@ impl Scanner {
         Ok(())
     }
 
-    /// Sleeps until control has an order: the guest is being suspended, and whoever does that may need the core.
+    /// Sleeps until control has an order: the guest is being suspended, and whoever does that may need the core. When what was
+    /// handed out is sent, the other stages are left in peace as well.
     fn await_order(&mut self) -> Result<Step, GuestError> {
-        match self.orders.recv_timeout(LOOK) {
-            Ok(Order::Final) => self.finish(),
-            Err(RecvTimeoutError::Timeout) => Ok(Step::Worked),
-            Err(RecvTimeoutError::Disconnected) => Ok(Step::Done),
+        let patience = if self.shared.is_quiet() { LOOK } else { STILL_SENDING };
+        match self.orders.recv_timeout(patience) {
+            Ok(Order::Final) => return self.finish(),
+            Err(RecvTimeoutError::Timeout) if self.in_flight() == 0 => self.shared.begin_quiet(),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Ok(Step::Done),
         }
+        Ok(Step::Worked)
     }
 
     /// Does what is to be done now.
@@ -437,7 +445,6 @@ impl Scanner {
 
     /// Nothing more is handed out until the guest stands still.
     fn begin_waiting(&mut self) -> Step {
-        self.shared.begin_quiet();
         self.state = State::Waiting;
         Step::Worked
     }
@@ -543,6 +550,42 @@ mod tests {
             }
         }
         drop(order);
+        scanning.join().unwrap();
+    }
+
+    #[test]
+    fn the_stages_are_left_in_peace_until_the_guest_stands_still_and_woken_then() {
+        let (to_lane, mut lane) = crate::pipeline::ring::ring(16);
+        let (order, orders) = std::sync::mpsc::channel();
+        let (events, seen) = std::sync::mpsc::channel();
+        let stages = vec![std::thread::current()];
+        let links =
+            Links { lanes: vec![to_lane], zero_notes: vec![], outlets: vec![], orders, events, stages };
+        let shared = Arc::new(Shared::new(1, false));
+        let ms = Duration::from_millis;
+        let cadence = Cadence { live: true, sample_interval: ms(1), share: None, bandwidth: Some(1 << 30) };
+        let engine = engine(crate::forecast::PolicyKind::Xen, PageSet::full(512));
+        let clock = Clock::Real(std::time::Instant::now());
+        let scanner = Scanner::new(Box::new(Silent), engine, None, links, shared.clone(), cadence, clock);
+        let scanning = std::thread::spawn(move || scanner.run());
+        let stop = loop {
+            if let Ok(batch) = lane.pop() {
+                assert!(!shared.is_quiet(), "this is not sent yet");
+                shared.lanes[0].entries.fetch_add(batch.pages().len() as u64, Ordering::Release);
+            }
+            if let Ok(event) = seen.try_recv() {
+                break event;
+            }
+        };
+        assert!(matches!(stop, Event::Stop(_)), "{stop:?}");
+        while !shared.is_quiet() {
+            std::thread::yield_now();
+        }
+        order.send(Order::Final).unwrap();
+        let (since, patience) = (std::time::Instant::now(), Duration::from_secs(60));
+        std::thread::park_timeout(patience);
+        assert!(since.elapsed() < patience, "nobody woke the stages");
+        assert!(!shared.is_quiet());
         scanning.join().unwrap();
     }
 

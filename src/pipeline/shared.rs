@@ -107,6 +107,16 @@ impl Shared {
         self.quiet.store(true, Ordering::Release);
     }
 
+    /// Whether they do now.
+    pub fn is_quiet(&self) -> bool {
+        self.quiet.load(Ordering::Acquire)
+    }
+
+    /// Whether idle stages burn their cores.
+    pub fn spins(&self) -> bool {
+        self.spin
+    }
+
     /// Ends that, and wakes `stages`.
     pub fn end_quiet(&self, stages: &[Thread]) {
         // Before the waking: a stage that still sees the old word finds its wake-up when it goes to sleep.
@@ -193,7 +203,7 @@ impl Idle {
 
     /// There was none: waits a little, `most` at most.
     pub fn wait(&mut self, most: Duration) {
-        if !cfg!(loom) && !self.shared.spin && self.shared.quiet.load(Ordering::Acquire) {
+        if !cfg!(loom) && !self.shared.spin && self.shared.is_quiet() {
             std::thread::park_timeout(Self::WHEN_QUIET.min(most));
             self.nap = Self::SHORTEST;
             return;
@@ -244,18 +254,23 @@ mod tests {
         longest
     }
 
+    /// Whoever was woken before it goes to sleep does not sleep.
+    fn assert_was_woken() {
+        let (since, patience) = (std::time::Instant::now(), Duration::from_secs(60));
+        std::thread::park_timeout(patience);
+        assert!(since.elapsed() < patience, "nobody woke this thread");
+    }
+
     #[test]
     fn a_stage_that_was_left_in_peace_is_quick_again_afterwards() {
         let shared = Arc::new(Shared::new(1, false));
         let mut idle = shared.idle();
-        (0..10).for_each(|_| drop(idle.nap()));
-        assert!(idle.nap > Idle::SHORTEST);
+        assert!((0..10).any(|_| idle.nap() > Idle::SHORTEST));
         shared.begin_quiet();
-        shared.end_quiet(&[std::thread::current()]);
-        shared.begin_quiet();
-        // Woken before it went to sleep.
         idle.wait(Duration::MAX);
         assert_eq!(idle.nap(), Idle::SHORTEST);
+        shared.end_quiet(&[std::thread::current()]);
+        assert_was_woken();
     }
 
     #[test]

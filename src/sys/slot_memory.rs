@@ -5,7 +5,8 @@
 //! 6.18), so 64 KiB weigh 1 MiB in the mean, and at most 400 KB are on their way at a time (docs/data-path.md).
 //! [`SlotMemory::small`] is for those. What always holds: every page is there before the first slot is used, so
 //! nothing faults on the hot path and a shortage shows at start; [`SlotMemory::backing`] says what the kernel gave, not what
-//! it was asked for; a child process and a core dump get none of it, for it holds the guest's memory.
+//! it was asked for; a forked child and a core dump get none of it, for it holds
+//! the guest's memory. (An heir, [`super::heir`], has all that this process has.)
 
 use std::alloc::Layout;
 use std::ptr::{self, NonNull};
@@ -64,7 +65,7 @@ pub enum SlotMemoryError {
     },
 }
 
-/// A block of memory, all zero at first, unmapped when dropped.
+/// A block of memory, all zero at first, unmapped when dropped unless this process has an heir.
 #[derive(Debug)]
 pub struct SlotMemory {
     base: NonNull<u8>,

@@ -45,6 +45,8 @@ struct Attempt {
     /// What the domain held when it was suspended.
     at_suspend: Option<BTreeMap<u64, Vec<u8>>>,
     log: String,
+    /// How often it was said that the domain is not left to the stock helper.
+    ours: usize,
 }
 
 struct Setup {
@@ -55,6 +57,8 @@ struct Setup {
     receiver: Receiver,
     /// Abort after so many bytes have been received.
     abort_after: Option<usize>,
+    /// A report is configured.
+    reports: bool,
 }
 
 impl Setup {
@@ -66,6 +70,7 @@ impl Setup {
             answers: WILLING,
             receiver: Receiver::ReadsAll,
             abort_after: None,
+            reports: true,
         }
     }
 
@@ -82,18 +87,20 @@ impl Setup {
         let guest = start_guest(self.simulated.clone(), over.clone(), play);
 
         let mut options = Options::defaults(&[0]);
+        options.report = self.reports.then(|| "/nowhere/report".parse().unwrap());
         options.settings.policy = self.policy;
         options.settings.max_time = Duration::from_secs(20);
         options.settings.sample_interval = Duration::from_millis(5);
         options.settings.bandwidth = Some(200_000_000);
         let request = SaveRequest { domid: DOMID, live: self.live, stream: into, options };
         let hypervisor: Arc<dyn Hypervisor> = self.simulated.clone();
-        let result = save_on(&hypervisor, &request, &libxl, &abort, &|| {});
+        let ours = std::cell::Cell::new(0);
+        let result = save_on(&hypervisor, &request, &libxl, &abort, &|| ours.set(ours.get() + 1));
         over.store(true, Ordering::Release);
         guest.join().unwrap();
         drop((request, libxl));
         let (at_suspend, log) = peer.join().unwrap();
-        Attempt { result, stream: receiver.join().unwrap(), at_suspend, log }
+        Attempt { result, stream: receiver.join().unwrap(), at_suspend, log, ours: ours.get() }
     }
 }
 
@@ -243,9 +250,19 @@ fn a_live_save_brings_every_page_as_it_was_at_the_stop_under_every_policy() {
             assert_eq!(image.tally.whole_chunks, 4000 / 512, "{policy}: each full chunk is named at once");
             assert_eq!((image.domain.xen_major, image.domain.xen_minor), (4, version.minor));
             assert_eq!(report.report["pages"], 4008, "{policy}");
+            assert_eq!(attempt.ours, 1);
             assert!(!simulated.guest().is_logging());
         }
     }
+}
+
+#[test]
+fn no_report_is_made_where_none_is_configured() {
+    let simulated = Simulated::pvh(OLD, 300);
+    let attempt = Setup { live: false, reports: false, ..Setup::new(&simulated) }.run(|_| {});
+    assert_whole(&attempt);
+    let made = attempt.result.as_ref().unwrap();
+    assert!(made.report.is_null() && made.summary.contains("saved in"), "{made:?}");
 }
 
 #[test]
@@ -361,5 +378,6 @@ fn domains_of_another_kind_are_left_to_the_stock_helper_before_anything_is_touch
     simulated.guest().info.hvm = false;
     let attempt = Setup::new(&simulated).run(|_| {});
     assert!(matches!(attempt.result, Err(SaveError::NotOurs(_))), "{:?}", attempt.result);
+    assert_eq!(attempt.ours, 0);
     assert!(attempt.stream.is_empty() && attempt.log.is_empty() && attempt.at_suspend.is_none());
 }

@@ -114,9 +114,10 @@ def transport(destination):
 def sender_script(destination, helper, strace, stamped=False):
     """Migrates, and notes what that took: by dom0's own clock, its network card and Xen's account of its time."""
     migrate_guest = f"migrate -s '' {guest.NAME} \"{transport(destination)}\""
-    command = f"xl {migrate_guest}"
+    command, on_failure = f"xl {migrate_guest}", ""
     if stamped:
         command = f"set -o pipefail; xl -vvv {migrate_guest} 2>&1 | /usr/sbin/stamp-lines {SENT_LOG}"
+        on_failure = f"[ $code = 0 ] || cat {SENT_LOG} >&2"
     return f"""
 rm -rf {TRIAL}; mkdir {TRIAL}
 {helper.exports(strace)}
@@ -127,6 +128,7 @@ note() {{
 note
 {command}
 code=$?
+{on_failure}
 note
 exit $code
 """
