@@ -29,9 +29,9 @@ const READY: u32 = 1;
 const FAILED: u32 = 2;
 
 /// Starts an heir of this process and returns its number. Until this process ends it sleeps, with every signal blocked, none
-/// of this process's descriptors and a low priority; then it ends as well. Its stack, 64 KiB, is never freed,
-/// and a process that runs another program leaves its memory to the heir until that ends: for processes that do neither. To be called on
-/// the main thread, whose stack and storage last as long as the process.
+/// of this process's descriptors and a low priority; then it ends as well. Its stack, 64 KiB, is never freed, and if this
+/// process became another program, the heir would keep the memory until that ends: for processes that are to end soon. To be
+/// called on the main thread, whose stack and storage last as long as the process.
 ///
 /// Errors: no process is to be had, or the kernel (before Linux 5.9) cannot close descriptors in one go; an heir that kept
 /// pipes open would keep others waiting.
@@ -44,8 +44,8 @@ pub fn appoint() -> io::Result<i32> {
         Box::leak(vec![0u128; STACK_BYTES / size_of::<u128>()].into_boxed_slice());
     // SAFETY: sigset_t is plain data and sigfillset initialises it; both sets outlive the calls. The child runs `wait_for_end`
     // on a stack of its own, aligned and never freed, with a pointer to a testament that is never freed either. It neither
-    // allocates nor locks nor panics. It uses this thread's storage for errno, which lasts and
-    // which nobody looks at until the heir is ready; what it calls after that does not fail.
+    // allocates nor locks nor panics. It uses this thread's storage for errno, which lasts and which nobody looks at until the
+    // heir is ready; what it calls after that does not fail.
     let child = unsafe {
         let (mut all, mut before): (libc::sigset_t, libc::sigset_t) =
             (std::mem::zeroed(), std::mem::zeroed());
