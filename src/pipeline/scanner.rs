@@ -262,6 +262,7 @@ impl Scanner {
             Err(TryRecvError::Empty) => {}
         }
         if self.state == State::Waiting {
+            // Where there is no thread to put to sleep: in simulations, and when stages spin.
             return Ok(Step::Wait(Duration::from_micros(50)));
         }
         let now = self.clock.elapsed();
@@ -274,7 +275,8 @@ impl Scanner {
             if self.heed_verdict() {
                 // Until the guest stands still nothing more is handed out, which says nothing about the link.
                 self.rate.note_idle();
-                return Ok(self.begin_waiting());
+                self.state = State::Waiting;
+                return Ok(Step::Worked);
             }
         }
         match self.feed(now)? {
@@ -293,7 +295,8 @@ impl Scanner {
                 self.rate.note_idle();
                 if self.engine.is_lingering() {
                     if self.link_to_the_end().in_flight == 0 && self.heed_verdict() {
-                        return Ok(self.begin_waiting());
+                        self.state = State::Waiting;
+                        return Ok(Step::Worked);
                     }
                     return Ok(Step::Wait(self.next_sample.saturating_sub(now)));
                 }
@@ -443,12 +446,6 @@ impl Scanner {
         }
     }
 
-    /// Nothing more is handed out until the guest stands still.
-    fn begin_waiting(&mut self) -> Step {
-        self.state = State::Waiting;
-        Step::Worked
-    }
-
     /// The guest is suspended: dirty, pending and never sent are all that is left; nothing is added any more.
     fn finish(&mut self) -> Result<Step, GuestError> {
         if self.cadence.live {
@@ -479,160 +476,4 @@ impl Scanner {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A log of a guest that writes nothing.
-    struct Silent;
-
-    impl DirtyLog for Silent {
-        fn get_and_clear(&mut self, _: &mut PageSet) -> Result<(), GuestError> {
-            Ok(())
-        }
-
-        fn peek(&mut self, _: std::ops::Range<u64>, _: &mut PageSet) -> Result<(), GuestError> {
-            Ok(())
-        }
-    }
-
-    fn engine(policy: crate::forecast::PolicyKind, populated: PageSet) -> Engine {
-        let config = crate::forecast::Config {
-            nr_pages: populated.nr_pages(),
-            pages: populated.len(),
-            downtime_budget: Duration::from_millis(300),
-            sample_interval: Duration::from_millis(50),
-            max_time: Duration::from_secs(3600),
-            fixed_downtime: Duration::ZERO,
-            on_no_convergence: crate::forecast::OnNoConvergence::Stop,
-            linger: 0.0,
-        };
-        Engine::sparse(policy, config, populated)
-    }
-
-    #[test]
-    fn what_waits_for_room_in_a_ring_goes_on_as_soon_as_there_is_some() {
-        // A page in each of 600 chunks, all of which have to be opened: a batch for each page, and room for two.
-        let mut populated = PageSet::empty(600 * 512);
-        for chunk in 0..600 {
-            populated.insert(Pfn(chunk * 512));
-        }
-        let engine = engine(crate::forecast::PolicyKind::Xen, populated.clone());
-        let (to_lane, mut lane) = crate::pipeline::ring::ring(2);
-        let (order, orders) = std::sync::mpsc::channel();
-        let (events, _seen) = std::sync::mpsc::channel();
-        let links = Links {
-            lanes: vec![to_lane],
-            zero_notes: vec![],
-            outlets: vec![],
-            orders,
-            events,
-            stages: vec![],
-        };
-        let shared = Arc::new(Shared::new(1, false));
-        let slow = Cadence {
-            live: true,
-            sample_interval: Duration::from_millis(50),
-            share: None,
-            bandwidth: Some(100_000),
-        };
-        let openings = Some(Openings::new(populated));
-        let clock = Clock::Real(std::time::Instant::now());
-        let scanner = Scanner::new(Box::new(Silent), engine, openings, links, shared.clone(), slow, clock);
-        let scanning = std::thread::spawn(move || scanner.run());
-        let mut handed_out = 0;
-        while handed_out < 600 {
-            match lane.pop() {
-                Ok(batch) => {
-                    handed_out += batch.pages().len() as u64;
-                    shared.lanes[0].entries.store(handed_out, Ordering::Release);
-                }
-                Err(_) => std::thread::yield_now(),
-            }
-        }
-        drop(order);
-        scanning.join().unwrap();
-    }
-
-    #[test]
-    fn the_stages_are_left_in_peace_until_the_guest_stands_still_and_woken_then() {
-        let (to_lane, mut lane) = crate::pipeline::ring::ring(16);
-        let (order, orders) = std::sync::mpsc::channel();
-        let (events, seen) = std::sync::mpsc::channel();
-        let stages = vec![std::thread::current()];
-        let links =
-            Links { lanes: vec![to_lane], zero_notes: vec![], outlets: vec![], orders, events, stages };
-        let shared = Arc::new(Shared::new(1, false));
-        let ms = Duration::from_millis;
-        let cadence = Cadence { live: true, sample_interval: ms(1), share: None, bandwidth: Some(1 << 30) };
-        let engine = engine(crate::forecast::PolicyKind::Xen, PageSet::full(512));
-        let clock = Clock::Real(std::time::Instant::now());
-        let scanner = Scanner::new(Box::new(Silent), engine, None, links, shared.clone(), cadence, clock);
-        let scanning = std::thread::spawn(move || scanner.run());
-        let stop = loop {
-            if let Ok(batch) = lane.pop() {
-                assert!(!shared.is_quiet(), "this is not sent yet");
-                shared.lanes[0].entries.fetch_add(batch.pages().len() as u64, Ordering::Release);
-            }
-            if let Ok(event) = seen.try_recv() {
-                break event;
-            }
-        };
-        assert!(matches!(stop, Event::Stop(_)), "{stop:?}");
-        while !shared.is_quiet() {
-            std::thread::yield_now();
-        }
-        order.send(Order::Final).unwrap();
-        let (since, patience) = (std::time::Instant::now(), Duration::from_secs(60));
-        std::thread::park_timeout(patience);
-        assert!(since.elapsed() < patience, "nobody woke the stages");
-        assert!(!shared.is_quiet());
-        scanning.join().unwrap();
-    }
-
-    /// A log that holds the guest up for so long, one time after the other.
-    struct Slow(Vec<Duration>, Duration);
-
-    impl DirtyLog for Slow {
-        fn get_and_clear(&mut self, _: &mut PageSet) -> Result<(), GuestError> {
-            self.1 = self.0.remove(0);
-            Ok(())
-        }
-
-        fn peek(&mut self, _: std::ops::Range<u64>, _: &mut PageSet) -> Result<(), GuestError> {
-            Ok(())
-        }
-
-        fn held_up(&self) -> Option<Duration> {
-            Some(self.1)
-        }
-    }
-
-    #[test]
-    fn one_slow_sample_does_not_put_the_next_off_but_slow_ones_do() {
-        let ms = Duration::from_millis;
-        let log = Slow(vec![ms(10), ms(3000), ms(10), ms(40), ms(50)], Duration::ZERO);
-        let (to_lane, _lane) = crate::pipeline::ring::ring(2);
-        let (_order, orders) = std::sync::mpsc::channel();
-        let (events, _seen) = std::sync::mpsc::channel();
-        let links = Links {
-            lanes: vec![to_lane],
-            zero_notes: vec![],
-            outlets: vec![],
-            orders,
-            events,
-            stages: vec![],
-        };
-        let cadence = Cadence { live: true, sample_interval: ms(50), share: Some(0.02), bandwidth: None };
-        let clock = Clock::Simulated(Arc::default());
-        let engine = engine(crate::forecast::PolicyKind::Ar, PageSet::full(512));
-        let shared = Arc::new(Shared::new(1, false));
-        let mut scanner = Scanner::new(Box::new(log), engine, None, links, shared, cadence, clock);
-        let next: Vec<Duration> = (0..5)
-            .map(|_| {
-                scanner.sample(false).unwrap();
-                scanner.next_sample
-            })
-            .collect();
-        assert_eq!(next, [ms(1000), ms(1000), ms(1000), ms(1000), ms(4000)]);
-    }
-}
+mod tests;

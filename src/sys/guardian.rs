@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use libc::c_uint;
 
+use super::signals;
+
 /// The most processes that a guardian minds.
 pub const MAX_WARDS: usize = 4096;
 
@@ -22,22 +24,19 @@ impl Guardian {
     /// Starts one that minds nobody yet.
     pub fn start() -> io::Result<Self> {
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-        // SAFETY: sigset_t is plain data and sigfillset initialises it; both sets outlive the calls. The child runs `mind`,
-        // which neither allocates nor locks nor panics, and leaves by _exit.
-        let child = unsafe {
-            let (mut all, mut before): (libc::sigset_t, libc::sigset_t) =
-                (std::mem::zeroed(), std::mem::zeroed());
-            libc::sigfillset(&mut all);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-            let child = libc::fork();
-            if child == 0 {
-                mind(&read);
-                libc::_exit(0);
+        let child = signals::with_all_blocked(|| {
+            // SAFETY: the child runs `mind`, which neither allocates nor locks nor panics, and leaves by _exit.
+            match unsafe { libc::fork() } {
+                0 => {
+                    mind(&read);
+                    // SAFETY: ends the process without running anything of its parent's.
+                    unsafe { libc::_exit(0) }
+                }
+                child if child < 0 => Err(io::Error::last_os_error()),
+                child => Ok(child),
             }
-            libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
-            child
-        };
-        if child < 0 { Err(io::Error::last_os_error()) } else { Ok(Guardian { pipe: write.into(), child }) }
+        })??;
+        Ok(Guardian { pipe: write.into(), child })
     }
 
     /// To be told before a process is stopped.

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use libc::{c_int, c_void};
 
+use super::signals;
+
 /// Bytes of the heir's stack: it calls nothing but the kernel.
 const STACK_BYTES: usize = 64 << 10;
 
@@ -42,25 +44,17 @@ pub fn appoint() -> io::Result<i32> {
     let state = &testament.state;
     let stack: &'static mut [u128] =
         Box::leak(vec![0u128; STACK_BYTES / size_of::<u128>()].into_boxed_slice());
-    // SAFETY: sigset_t is plain data and sigfillset initialises it; both sets outlive the calls. The child runs `wait_for_end`
-    // on a stack of its own, aligned and never freed, with a pointer to a testament that is never freed either. It neither
-    // allocates nor locks nor panics. It uses this thread's storage for errno, which lasts and which nobody looks at until the
-    // heir is ready; what it calls after that does not fail.
-    let child = unsafe {
-        let (mut all, mut before): (libc::sigset_t, libc::sigset_t) =
-            (std::mem::zeroed(), std::mem::zeroed());
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let top = stack.as_mut_ptr_range().end.cast::<c_void>();
-        let argument = std::ptr::from_ref(testament).cast_mut().cast::<c_void>();
-        let child = libc::clone(wait_for_end, top, libc::CLONE_VM, argument);
-        let error = io::Error::last_os_error();
-        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
-        if child < 0 {
-            return Err(error);
+    let top = stack.as_mut_ptr_range().end.cast::<c_void>();
+    let argument = std::ptr::from_ref(testament).cast_mut().cast::<c_void>();
+    let child = signals::with_all_blocked(|| {
+        // SAFETY: the child runs `wait_for_end` on a stack of its own, aligned and never freed, with a pointer to a testament
+        // that is never freed either. It neither allocates nor locks nor panics. It uses this thread's storage for errno,
+        // which lasts and which nobody looks at until the heir is ready; what it calls after that does not fail.
+        match unsafe { libc::clone(wait_for_end, top, libc::CLONE_VM, argument) } {
+            child if child < 0 => Err(io::Error::last_os_error()),
+            child => Ok(child),
         }
-        child
-    };
+    })??;
     while state.load(Ordering::Acquire) == STARTING {
         if is_over(child) {
             return Err(io::ErrorKind::BrokenPipe.into());

@@ -94,6 +94,18 @@ fn arrivals(watched: &libc::sigset_t) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
+/// Calls `work` with every signal blocked in this thread, and gives the mask back as it was: a child that `work` starts keeps
+/// them blocked.
+pub fn with_all_blocked<T>(work: impl FnOnce() -> T) -> io::Result<T> {
+    let mut all = empty_set();
+    // SAFETY: the set is initialised.
+    unsafe { libc::sigfillset(&mut all) };
+    let before = change_mask(libc::SIG_SETMASK, &all)?;
+    let result = work();
+    change_mask(libc::SIG_SETMASK, &before)?;
+    Ok(result)
+}
+
 fn change_mask(how: i32, set: &libc::sigset_t) -> io::Result<libc::sigset_t> {
     let mut before = empty_set();
     // SAFETY: both sets are initialised and outlive the call.
@@ -113,6 +125,12 @@ mod tests {
         let mask = change_mask(libc::SIG_BLOCK, &empty_set()).unwrap();
         // SAFETY: the set is initialised.
         unsafe { libc::sigismember(&mask, signal) == 1 }
+    }
+
+    #[test]
+    fn all_signals_are_blocked_for_a_while_only() {
+        assert!(with_all_blocked(|| blocks(libc::SIGUSR2) && blocks(libc::SIGTERM)).unwrap());
+        assert!(!blocks(libc::SIGUSR2));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The bandwidth cap: when the next send may start. Pure: the caller supplies the time, as elapsed since any fixed
-//! origin, and does the sleeping.
+//! The bandwidth cap: when the next send may start. The caller supplies the time, as elapsed since any fixed
+//! origin ([`Pacer::since`] looks it up), and does the sleeping.
 //!
 //! What always holds: in any window of length `w` the bytes sent are at most `cap * (w + BURST)` and one send more,
 //! if every send waits as [`Pacer::delay`] says; and a caller that sends whenever it may reaches the cap, even if

@@ -172,5 +172,7 @@ fn cost(population: &Population, asker: &Asker, found: Found, began: Instant) ->
 
 /// The pages of `chunks` that are not known to be there.
 fn unknown(population: &Population, chunks: &[usize]) -> Vec<Pfn> {
-    chunks.iter().flat_map(|chunk| population.unknown_pages(*chunk)).collect()
+    let mut pages = Vec::new();
+    chunks.iter().for_each(|chunk| population.list_unknown(*chunk, &mut pages));
+    pages
 }

@@ -7,7 +7,7 @@
 use super::XenError;
 use super::hypervisor::{Hypervisor, MAX_TYPES, is_ram};
 use crate::page::{CHUNK_PAGES, Pfn};
-use crate::page_set::{CHUNK_WORDS, PageSet};
+use crate::page_set::{CHUNK_WORDS, PageSet, for_each_place};
 use crate::sys::xen::abi::DomId;
 
 /// A bit for each page of a chunk.
@@ -162,20 +162,15 @@ impl Population {
         (first..end).map(Pfn)
     }
 
-    /// The pages of a chunk that are not known to be there, up to the end of the page-number space.
-    pub(super) fn unknown_pages(&self, chunk: usize) -> impl Iterator<Item = Pfn> {
+    /// Adds to `pages` those of a chunk that are not known to be there, up to the end of the page-number space.
+    pub(super) fn list_unknown(&self, chunk: usize, pages: &mut Vec<Pfn>) {
         let first = (chunk * CHUNK_PAGES) as u64;
-        let end = self.known.nr_pages();
-        let words = self.known.chunk_words(chunk).iter().zip((first..end).step_by(64));
-        let unknown = words.flat_map(move |(word, first)| {
-            let mut left = !word;
-            std::iter::from_fn(move || {
-                let place = left.trailing_zeros();
-                left &= left.wrapping_sub(1);
-                (place < 64).then_some(Pfn(first + u64::from(place)))
-            })
+        for_each_place(&self.known.chunk_words(chunk).map(|word| !word), |place| {
+            let pfn = Pfn(first + place as u64);
+            if pfn.0 < self.known.nr_pages() {
+                pages.push(pfn);
+            }
         });
-        unknown.take_while(move |pfn| pfn.0 < end)
     }
 }
 
@@ -248,10 +243,9 @@ mod tests {
             }
             for chunk in 0..population.known().nr_chunks() {
                 let rest = population.chunk_pages(chunk).filter(|pfn| !known.contains(&pfn.0));
-                prop_assert_eq!(
-                    population.unknown_pages(chunk).collect::<Vec<_>>(),
-                    rest.collect::<Vec<_>>()
-                );
+                let mut listed = Vec::new();
+                population.list_unknown(chunk, &mut listed);
+                prop_assert_eq!(listed, rest.collect::<Vec<_>>());
             }
         }
     }

@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 use libc::{c_int, c_uint, c_void, user_regs_struct};
 
 use super::{BorrowError, Order, SYSCALL_INSTRUCTION};
+use crate::sys::signals;
 use crate::sys::{cpu, descriptors};
 
 /// How often a thread may be found inside a restartable sequence.
@@ -202,20 +203,18 @@ impl Answer {
 
 /// Forks a tracer that runs `order` and answers on `socket`. Gives its process id.
 pub fn fork(order: &Order, socket: &OwnedFd) -> io::Result<i32> {
-    let (all, mut before) = (full_signal_set(), full_signal_set());
-    // SAFETY: both sets are initialised and outlive the call.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before) };
-    // SAFETY: the child runs `run`, which neither allocates nor locks nor panics, and then leaves by _exit.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        run(order, socket.as_fd());
-        // SAFETY: ends the process without running anything of its parent's.
-        unsafe { libc::_exit(0) };
-    }
-    let error = io::Error::last_os_error();
-    // SAFETY: `before` was filled in above.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut()) };
-    if child < 0 { Err(error) } else { Ok(child) }
+    signals::with_all_blocked(|| {
+        // SAFETY: the child runs `run`, which neither allocates nor locks nor panics, and then leaves by _exit.
+        match unsafe { libc::fork() } {
+            0 => {
+                run(order, socket.as_fd());
+                // SAFETY: ends the process without running anything of its parent's.
+                unsafe { libc::_exit(0) }
+            }
+            child if child < 0 => Err(io::Error::last_os_error()),
+            child => Ok(child),
+        }
+    })?
 }
 
 /// Waits until the tracer has ended.
@@ -226,15 +225,6 @@ pub fn reap(tracer: i32) {
         if waited >= 0 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
             return;
         }
-    }
-}
-
-fn full_signal_set() -> libc::sigset_t {
-    // SAFETY: a sigset_t is plain data; sigfillset initialises it.
-    unsafe {
-        let mut set = std::mem::zeroed();
-        libc::sigfillset(&mut set);
-        set
     }
 }
 
