@@ -10,7 +10,7 @@
 //! * `xen`, `xen_skip`, `paper`: the policies that send in rounds (`rounds`, `legacy_loop`: what they share).
 //! * `ranked`: the policies that rank pages, `heat` and `ar`; `plan`: the cut that a rank has to reach; `chunk_state`: what is
 //!   known of a chunk as a whole; `ar`: the autoregressive forecast of its activity; `fronts`: writers that go through
-//!   memory in order.
+//!   memory in order; `hazard`: how likely pages of an age are to be written.
 //! * [`working_set`], `bound`: ages of the pages, and the clairvoyant bound that follows from them.
 //! * `stop`: when ranked sending ends; `throttle`: by how much to slow a guest down that does not let it.
 //! * [`convergence`]: what is wanted without convergence, and the explanation of what was decided.
@@ -23,6 +23,7 @@ mod chunks;
 pub mod convergence;
 pub mod engine;
 mod fronts;
+mod hazard;
 mod legacy_loop;
 mod log2;
 mod paper;

@@ -82,17 +82,19 @@ pub enum PolicyKind {
     Paper,
     /// Rank by age, write count and activity of the 2 MiB chunk.
     Heat,
-    /// `heat` and all of [`Terms`]: the AR forecast of the chunk's activity, fronts, neighbours.
+    /// `heat` and all of [`Terms`]: the AR forecast of the chunk's activity, fronts, neighbours, the hazard of the ages.
     Ar,
     /// `heat` and some of them, to find out what each adds.
     HeatWith(Terms),
 }
 
 /// Between `heat` and `ar`: each term by itself, and all but one.
-const ABLATIONS: [(&str, Terms); 6] = [
+const ABLATIONS: [(&str, Terms); 8] = [
     ("heat+activity", Terms::ACTIVITY),
     ("heat+fronts", Terms::FRONTS),
     ("heat+neighbours", Terms::NEIGHBOURS),
+    ("heat+hazard", Terms::HAZARD),
+    ("ar-hazard", Terms::all().difference(Terms::HAZARD)),
     ("ar-activity", Terms::all().difference(Terms::ACTIVITY)),
     ("ar-fronts", Terms::all().difference(Terms::FRONTS)),
     ("ar-neighbours", Terms::all().difference(Terms::NEIGHBOURS)),
@@ -140,8 +142,8 @@ impl fmt::Display for PolicyKind {
 /// A name that is no policy's.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "no policy is called {0:?}; the policies are xen, xen-skip, paper, heat and ar, and between the last two heat+rest, \
-         heat+activity, heat+fronts and heat with two of them"
+    "no policy is called {0:?}; the policies are xen, xen-skip, paper, heat and ar, and between the last two heat+TERM and \
+         ar-TERM, with activity, fronts, neighbours or hazard for the term"
 )]
 pub struct ParsePolicyError(String);
 

@@ -12,6 +12,7 @@
 use super::chunk_state::{ChunkState, Fade};
 use super::chunks::Chunks;
 use super::fronts::Fronts;
+use super::hazard::AgeHazard;
 use super::log2::{LOG2_OF_COUNT, OCTAVE, in_units_q8, log2_q4};
 use super::plan::{ChunkPlan, Histogram, NOTHING, Plan, bucket_of};
 use super::policy::{Policy, View};
@@ -53,6 +54,8 @@ bitflags! {
         const FRONTS = 1 << 1;
         /// How active the chunks near by are: where there is writing, more will come.
         const NEIGHBOURS = 1 << 2;
+        /// What the guest's writes so far say of how likely pages of an age are to be written.
+        const HAZARD = 1 << 3;
     }
 }
 
@@ -70,8 +73,6 @@ const HEAD_START: Duration = Duration::from_secs(1);
 struct Clock {
     since_start: Duration,
     unit: Duration,
-    /// log2 of the time since the start, in units, plus one.
-    log2_since_start: i32,
 }
 
 /// The samples in which each page of a chunk was dirty, saturating.
@@ -104,9 +105,16 @@ pub(super) struct Ranked {
     terms: Terms,
     counts: Chunks<CountChunk>,
     states: Chunks<ChunkState>,
-    /// For each sample number log2 of the time since it was taken; entry 0 stands for pages never written.
+    /// For each sample number log2 of the time since it was taken, with what is known of pages of that age; entry 0 stands
+    /// for pages never written.
     log2_ages: Vec<i16>,
     fronts: Fronts,
+    hazard: AgeHazard,
+    /// No written page ranks above this, the shift of its chunk apart. As low as it can be: a plan leaves out the chunks
+    /// whose written pages cannot come above the cut by it.
+    most_written: i32,
+    /// The first sample whose pages a front has just passed, if one goes through their chunk.
+    just_passed: u16,
     /// For each chunk the activity around it, in 256ths of an octave; empty without [`Terms::NEIGHBOURS`].
     nearby_q8: Vec<i32>,
     fade: Fade,
@@ -141,9 +149,12 @@ impl Ranked {
             states: Chunks::new(nr_chunks),
             log2_ages: Vec::with_capacity(max_samples(&config) + 1),
             fronts: Fronts::new(config.sample_interval),
+            hazard: AgeHazard::new(config.sample_interval, max_samples(&config)),
+            most_written: 0,
+            just_passed: 0,
             nearby_q8: vec![0; if terms.contains(Terms::NEIGHBOURS) { nr_chunks } else { 0 }],
             fade: Fade::new(ACTIVITY_MEMORY_S, config.sample_interval),
-            clock: Clock { since_start: Duration::ZERO, unit: config.sample_interval, log2_since_start: 0 },
+            clock: Clock { since_start: Duration::ZERO, unit: config.sample_interval },
             stale: true,
             scratch: Scratch {
                 histogram: Histogram::new(),
@@ -171,8 +182,15 @@ impl Ranked {
         let at = working_set.last_sample_at();
         self.fill_ages(working_set, at, 1);
         self.clock.since_start = at;
-        self.clock.log2_since_start = i32::from(self.log2_ages[0]);
         self.log2_ages[0] = self.log2_age_never_written() as i16;
+        self.just_passed =
+            self.log2_ages.partition_point(|log2_age| i32::from(*log2_age) > JUST_PASSED) as u16;
+        if self.terms.contains(Terms::HAZARD) {
+            self.hazard.learn(working_set.times(), working_set.counts());
+            self.hazard.add_to(&mut self.log2_ages, working_set.times());
+        }
+        // A written page has been dirty in one sample at least.
+        self.most_written = self.log2_ages[1..].iter().copied().max().map_or(0, i32::from) - OCTAVE;
         self.look_around();
         self.stale = false;
     }
@@ -192,12 +210,6 @@ impl Ranked {
     /// The rank of a page never written, before the shift of its chunk.
     fn rank_never_written(&self) -> i32 {
         self.log2_ages[0].into()
-    }
-
-    /// No written page ranks above this, the shift of its chunk apart. As low as it can be: a plan leaves out the chunks
-    /// whose written pages cannot come above the cut by it.
-    fn most_written(&self) -> i32 {
-        self.clock.log2_since_start - OCTAVE
     }
 
     /// log2 of one plus the pages of a chunk that are written per unit.
@@ -250,7 +262,7 @@ impl Ranked {
         let log2_age = i32::from(self.log2_ages[usize::from(members.ages.0[place])]);
         let mut rank = log2_age - i32::from(LOG2_OF_COUNT[usize::from(members.counts.0[place])]);
         if let Some(most) = members.most
-            && log2_age > JUST_PASSED
+            && members.ages.0[place] < self.just_passed
         {
             rank = rank.min(most);
         }
@@ -277,7 +289,7 @@ impl Ranked {
     #[inline(always)]
     fn count_never_written(&self, pending: &PageSet, scratch: &mut Scratch) {
         scratch.histogram.clear();
-        let (rank_never, most_written) = (self.rank_never_written(), self.most_written());
+        let (rank_never, most_written) = (self.rank_never_written(), self.most_written);
         let idle = ChunkState::default();
         for chunk in pending.occupied_chunks() {
             let state = self.states.get(chunk).unwrap_or(&idle);
@@ -505,6 +517,9 @@ impl Work for CountWritten<'_> {
 
 impl Policy for Ranked {
     fn on_sample(&mut self, sample: &Sample, working_set: &WorkingSet) {
+        if self.terms.contains(Terms::HAZARD) {
+            self.hazard.learn(working_set.times(), working_set.counts());
+        }
         self.fill_ages(working_set, sample.at, 0);
         self.fade.begin_sample(sample.at, sample.at.saturating_sub(working_set.last_sample_at()));
         self.stale = true;
@@ -561,6 +576,7 @@ impl Policy for Ranked {
             + self.scratch.looked_at.capacity() * size_of::<u32>()
             + size_of_val(&*self.log2_ages)
             + size_of_val(&*self.nearby_q8)
+            + self.hazard.bytes()
     }
 
     fn huge_bytes(&self) -> usize {

@@ -13,8 +13,8 @@
 //!   sender that knew the future could stop about now), and yet the backlog has not fallen so fast in that time that it
 //!   would be within K before the cap. Take the first backlog within 5 % of the least. A bound between 1.5K and 3K asks for
 //!   patience: the guest is in a phase in which nobody could stop, and such phases end.
-//! * Cap: stop before S + backlog reaches 2.2 N, with room for one more sample and for the largest growth of
-//!   the backlog in one sample, which fades within a base time. Without that room one burst went over the cap.
+//! * Cap: stop before S + backlog reaches 2.2 N, with room for one more sample, for the largest growth of
+//!   the backlog in one sample, which fades within a base time, and for 0.02 N more. Without that room bursts went over the cap.
 //! * When the deadline is nearer than half a base time, take the first backlog that is no worse than the least.
 //!
 //! Hopeless, no progress and cap are findings that pre-copy does not converge. What follows is the user's choice
@@ -50,6 +50,9 @@ const NEARLY_LEAST: f64 = 1.05;
 const SHORT_ENOUGH: Duration = Duration::from_millis(10);
 /// Never send more than this multiple of the memory.
 const CAP: f64 = 2.2;
+/// Room below the cap, in multiples of the memory, for a burst that is larger than those before. One pair in 270 went to 2.205
+/// without; what it costs is 0.4 to 0.8 % of downtime where there is no T*.
+const UNSEEN_BURST: f64 = 0.02;
 
 /// What the latest sample shows.
 #[derive(Clone, Copy)]
@@ -167,7 +170,8 @@ impl StopRule {
         convergence.note_reach(view.now, self.out_of_reach_since, self.hopeless);
 
         let sent = view.link.sent as f64;
-        let capped = sent + backlog as f64 + pages_per_s * interval_s + self.rise >= CAP * pages as f64;
+        let soon = sent + backlog as f64 + pages_per_s * interval_s + self.rise;
+        let capped = soon >= (CAP - UNSEEN_BURST) * pages as f64;
         let budget = self.config.pages_in_budget(pages_per_s);
         let room_s = (CAP * pages as f64 - sent - backlog as f64).max(0.0) / pages_per_s;
         self.progress.note(view.now, backlog, convergence.bound, PROGRESS_BASES * base_s);
@@ -458,12 +462,12 @@ mod tests {
     #[test]
     fn the_cap_leaves_room_for_a_sample_and_for_the_largest_rise() {
         let mut bench = Bench::new();
-        assert_eq!(bench.judge(0, 500, 1649), None);
-        assert_eq!(bench.judge(0, 500, 1650), Some(StopReason::DirtyCap), "1650 + 500 + 50 = 2.2 * 1000");
+        assert_eq!(bench.judge(0, 500, 1629), None);
+        assert_eq!(bench.judge(0, 500, 1631), Some(StopReason::DirtyCap), "1631 + 500 + 50 > 2.18 * 1000");
         let mut bench = Bench::new();
         bench.judge(0, 400, 1000);
-        assert_eq!(bench.judge(0, 500, 1549), None, "the rise of 100 has not faded yet");
-        assert_eq!(bench.judge(0, 500, 1555), Some(StopReason::DirtyCap), "1555 + 500 + 50 + 95");
+        assert_eq!(bench.judge(0, 500, 1529), None, "the rise of 100 has not faded yet");
+        assert_eq!(bench.judge(0, 500, 1536), Some(StopReason::DirtyCap), "1536 + 500 + 50 + 95");
     }
 
     #[test]

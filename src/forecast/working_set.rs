@@ -181,6 +181,11 @@ impl WorkingSet {
         self.chunks.get(chunk)
     }
 
+    /// Pages last dirty in each sample; entry 0 are those never written.
+    pub(super) fn counts(&self) -> &[u64] {
+        &self.counts
+    }
+
     /// When each sample number was taken; entry 0 is the start.
     pub(super) fn times(&self) -> &[Duration] {
         &self.times
