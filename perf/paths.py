@@ -300,13 +300,14 @@ def iperf3(route, lanes, zero_copy, congestion=None, seconds=2):
     }
 
 
-def bare(route, size, congestion=None):
-    """The same figures of one connection that carries `size` bytes from memory to memory and does nothing else."""
+def bare(route, size, congestion=None, zero_copy=False):
+    """The same figures of one connection that carries `size` bytes from memory to memory and does nothing else, with
+    `zero_copy` without a copy at the source."""
     program = [sys.executable, str(ROOT / "perf" / "bare.py")]
     with contextlib.ExitStack() as stack:
         receiver = [*route.destination, *program, "receive", route.address, str(size)]
         receiving, line = stack.enter_context(_running(receiver, "listening"))
-        sender = [*route.source, *program, "send", f"{route.address}:{line.split()[-1]}", str(size),
+        sender = [*route.source, *program, "sendfile" if zero_copy else "send", f"{route.address}:{line.split()[-1]}", str(size),
                   *([congestion] if congestion else [])]
         done = subprocess.run(sender, capture_output=True, text=True, timeout=PATIENCE_S)
         if done.returncode != 0:
