@@ -1,17 +1,23 @@
 //! How likely pages of an age are to be written, learnt while the migration goes on.
 //!
-//! By rank a page is the safer the longer it has rested, as if a share of `c / a` of the pages of age `a` were written in each
+//! By rank a page is the safer the longer it has rested, as if of the pages of age `a` the share `c / a` were written in each
 //! unit of time. Buffers that a program uses in turn are not like that: those just written rest for a whole turn, and the
-//! oldest come next. It shows in the histogram of ages, which the clairvoyant bound needs anyhow, so that nothing is kept for a page:
-//! of `n` pages seen at age `a`, over all samples, `e` were dirty in the next one. With N the pages of the guest,
+//! oldest come next. It shows in the histogram of ages, which the clairvoyant bound needs anyhow, so that nothing is kept for a
+//! page. With `n(a)` the pages that were of age `a` over all samples, each for a unit of time, `e(a)` those of them that were
+//! written in it, N the pages of the guest, and sums over `a` and the three ages after it,
 //!
 //! ```text
-//! c = sum of e / sum of n / a;   relative(a) = (e + N/2 c / a) / ((n + N/2) c / a)
-//! correction(a) = -log2 of the mean of relative(a), (a + 1) and so on, four in all, weighted by 1 / a
+//! c = sum of all e(a) / sum of all n(a) / a
+//! correction(a) = -log2((sum e(a) + N/2 sum c/a) / (sum c n(a)/a + N/2 sum c/a))
 //! ```
 //!
 //! The weight of the assumption, N/2, is large because writes come in bursts: a thousand pages written at once are one event
 //! and not a thousand. Anything from N/10 to N does about as well on recorded traces.
+//!
+//! A sample that took several units stands for each of the ages that its pages went through, its writes spread evenly. Where
+//! samples were merged, ages count from the later one.
+//!
+//! Written pages are corrected against each other; that pages never written rank by the time since the start stays.
 
 use super::log2::{OCTAVE, in_units_q8, log2_q4};
 use std::time::Duration;
@@ -20,7 +26,7 @@ use std::time::Duration;
 const AGES: usize = 512;
 /// So many times the pages of the guest the assumption weighs, in pages seen at each age.
 const ASSUMPTION: f64 = 0.5;
-/// Units that the correction looks ahead.
+/// Ages that the correction of one sums over: as far as the forecast of a chunk's activity looks ahead.
 const HORIZON: usize = 4;
 /// A correction is at most so much: eight octaves.
 const MOST_Q4: i32 = 8 * OCTAVE;
@@ -31,7 +37,7 @@ pub(super) struct AgeHazard {
     unit: Duration,
     /// Pages last dirty in each sample, as of the last call.
     counts_before: Vec<u64>,
-    /// By age in units: pages seen, and those of them that the next sample found dirty.
+    /// By age in units: pages seen, in pages times units of time, and the writes to them.
     seen: Vec<f64>,
     written: Vec<f64>,
     /// By age in units, in sixteenths of an octave.
@@ -51,34 +57,45 @@ impl AgeHazard {
     }
 
     /// Takes in the latest sample: when each was taken, and the pages last dirty in each, entry 0 being those never
-    /// written. Called again without a new sample it does nothing. A sample that it was not called for, or before which samples
-    /// were merged, teaches nothing.
+    /// written. Called again without a new sample it does nothing. A sample that it was not called for, or before which
+    /// samples were merged, teaches nothing.
     pub(super) fn learn(&mut self, times: &[Duration], counts: &[u64]) {
         let known = self.counts_before.len();
         if counts.len() == known {
             return;
         }
-        if counts.len() == known + 1 {
-            for number in (1..known).rev() {
-                let age = self.age(times[known].saturating_sub(times[number])).max(1);
-                if age >= AGES {
-                    break;
-                }
-                let before = self.counts_before[number];
-                self.seen[age] += before as f64;
-                self.written[age] += before.saturating_sub(counts[number]) as f64;
-            }
+        if known > 0 && counts.len() == known + 1 {
+            self.take_in(times, counts);
             self.correct(counts.iter().sum());
         }
         self.counts_before.clear();
         self.counts_before.extend_from_slice(counts);
     }
 
-    /// Adds to the log of the age of each sample's pages, as of the latest, what is known of that age. In sixteenths of an octave.
+    fn take_in(&mut self, times: &[Duration], counts: &[u64]) {
+        let latest = counts.len() - 1;
+        let units = in_units_q8(times[latest].saturating_sub(times[latest - 1]), self.unit) as f64 / 256.0;
+        for number in (1..latest).rev() {
+            let first = self.age(times[latest - 1].saturating_sub(times[number])) + 1;
+            if first >= AGES {
+                break;
+            }
+            let last = self.age(times[latest].saturating_sub(times[number])).max(first);
+            let before = self.counts_before[number];
+            let written = before.saturating_sub(counts[number]);
+            let share = 1.0 / (last - first + 1) as f64;
+            for age in first..=last.min(AGES - 1) {
+                self.seen[age] += before as f64 * units * share;
+                self.written[age] += written as f64 * share;
+            }
+        }
+    }
+
+    /// Adds to the log of the age of each sample's pages, as of the latest, what is known of the ages that come next. In
+    /// sixteenths of an octave.
     pub(super) fn add_to(&self, log2_ages_q4: &mut [i16], times: &[Duration]) {
         let Some(latest) = times.last() else { return };
         for (log2_age, taken) in log2_ages_q4.iter_mut().zip(times).skip(1).rev() {
-            // The age at which the next sample will find them.
             let age = self.age(latest.saturating_sub(*taken)) + 1;
             let Some(correction) = self.corrections_q4.get(age) else { break };
             *log2_age += correction;
@@ -99,24 +116,22 @@ impl AgeHazard {
     }
 
     fn correct(&mut self, pages: u64) {
-        let weight = |age: usize| 1.0 / age as f64;
-        let expected: f64 = (1..AGES).map(|age| self.seen[age] * weight(age)).sum();
+        let expected: f64 = (1..AGES).map(|age| self.seen[age] / age as f64).sum();
         let written: f64 = self.written.iter().sum();
         if expected == 0.0 || written == 0.0 {
             return;
         }
         let scale = written / expected;
         let assumption = ASSUMPTION * pages as f64;
-        let relative = |age: usize| {
-            let assumed = scale * weight(age);
-            (self.written[age] + assumption * assumed) / ((self.seen[age] + assumption) * assumed)
-        };
         for age in 1..AGES {
-            let ahead = age..(age + HORIZON).min(AGES);
-            let sum: f64 = ahead.clone().map(|age| relative(age) * weight(age)).sum();
-            let mean = sum / ahead.map(weight).sum::<f64>();
-            let octaves_q4 = log2_q4((mean * f64::from(1 << 24)) as u64) - 16 * OCTAVE;
-            self.corrections_q4[age] = -octaves_q4.clamp(-MOST_Q4, MOST_Q4) as i16;
+            let (mut written, mut expected) = (0.0, 0.0);
+            for age in age..(age + HORIZON).min(AGES) {
+                let assumed = scale / age as f64;
+                written += self.written[age] + assumption * assumed;
+                expected += (self.seen[age] + assumption) * assumed;
+            }
+            let octaves_q4 = log2_q4((written / expected * f64::from(1 << 24)) as u64) - 16 * OCTAVE;
+            self.corrections_q4[age] = (-octaves_q4).clamp(-MOST_Q4, MOST_Q4) as i16;
         }
     }
 }
@@ -127,39 +142,73 @@ mod tests {
 
     const UNIT: Duration = Duration::from_millis(50);
 
-    /// Feeds the histograms of ages of a guest in which `dirty(sample)` are the pages of each sample.
-    fn learned(
-        nr_pages: usize,
-        samples: usize,
-        dirty: impl Fn(usize) -> Vec<usize>,
-    ) -> (AgeHazard, Vec<Duration>) {
-        let mut hazard = AgeHazard::new(UNIT, samples);
-        let mut last = vec![0; nr_pages];
-        let mut times = vec![Duration::ZERO];
-        for sample in 1..=samples {
-            dirty(sample).into_iter().for_each(|page| last[page] = sample);
-            times.push(UNIT * sample as u32);
-            let mut counts = vec![0; sample + 1];
-            last.iter().for_each(|last| counts[*last] += 1);
-            hazard.learn(&times, &counts);
-            // Asked twice about one sample it learns once.
-            hazard.learn(&times, &counts);
+    /// A guest whose pages are sampled at `times`, the start first, and what is learnt of it.
+    struct Guest {
+        hazard: AgeHazard,
+        times: Vec<Duration>,
+        counts: Vec<u64>,
+        last: Vec<usize>,
+    }
+
+    impl Guest {
+        fn new(nr_pages: usize) -> Self {
+            Guest {
+                hazard: AgeHazard::new(UNIT, 1000),
+                times: vec![Duration::ZERO],
+                counts: vec![nr_pages as u64],
+                last: vec![0; nr_pages],
+            }
         }
-        (hazard, times)
+
+        /// A sample `units` after the one before.
+        fn sample(&mut self, units: f64, dirty: impl IntoIterator<Item = usize>) {
+            self.times.push(self.times[self.times.len() - 1] + UNIT.mul_f64(units));
+            self.counts.push(0);
+            for page in dirty {
+                let number = std::mem::replace(&mut self.last[page], self.counts.len() - 1);
+                self.counts[number] -= 1;
+                *self.counts.last_mut().unwrap() += 1;
+            }
+            self.hazard.learn(&self.times, &self.counts);
+        }
+
+        /// What is added for each sample's pages.
+        fn corrections(&self) -> Vec<i16> {
+            let mut corrections = vec![0; self.times.len()];
+            self.hazard.add_to(&mut corrections, &self.times);
+            corrections
+        }
     }
 
     #[test]
-    fn of_buffers_used_in_turn_those_just_written_are_safe() {
-        // Ten buffers of 100 pages, one after the other.
-        let (hazard, times) =
-            learned(1000, 200, |sample| (0..100).map(|page| sample % 10 * 100 + page).collect());
-        let mut corrections = vec![0; times.len()];
-        hazard.add_to(&mut corrections, &times);
-        let of_age = |age: usize| corrections[times.len() - age];
-        assert_eq!(corrections[0], 0, "never written has no age");
-        // Of the ten ages the tenth is written; from the seventh on it is among the four that are looked at.
-        assert!((1..=6).all(|age| of_age(age) > 3 * OCTAVE as i16), "{corrections:?}");
-        assert!((7..=10).all(|age| of_age(age) < -2 * OCTAVE as i16), "{corrections:?}");
+    fn of_buffers_used_in_turn_those_just_written_are_safe_however_seldom_one_looks() {
+        // A turn takes 24 units; a sample finds what was written since the one before.
+        for units in [1, 2, 3, 6] {
+            let buffers = 24 / units;
+            let mut guest = Guest::new(buffers * 100);
+            for sample in 0..20 * buffers {
+                let first = sample % buffers * 100;
+                guest.sample(units as f64, first..first + 100);
+            }
+            let corrections = guest.corrections();
+            let (resting, due) =
+                (corrections[corrections.len() - buffers / 2], corrections[corrections.len() - buffers]);
+            assert_eq!(corrections[0], 0, "never written has no age");
+            assert!(resting > 2 * OCTAVE as i16, "every {units} units: {resting} after half a turn");
+            assert!(due < -2 * OCTAVE as i16, "every {units} units: {due} after a whole one");
+        }
+    }
+
+    #[test]
+    fn samples_that_come_in_pairs_teach_the_same() {
+        let mut guest = Guest::new(2400);
+        for sample in 0..480 {
+            let first = sample % 24 * 100;
+            guest.sample(if sample % 2 == 0 { 0.5 } else { 1.5 }, first..first + 100);
+        }
+        let corrections = guest.corrections();
+        assert!(corrections[corrections.len() - 12] > 2 * OCTAVE as i16, "{corrections:?}");
+        assert!(corrections[corrections.len() - 24] < -OCTAVE as i16, "{corrections:?}");
     }
 
     #[test]
@@ -184,27 +233,46 @@ mod tests {
     }
 
     #[test]
-    fn a_sample_that_was_missed_teaches_nothing() {
-        let (mut hazard, mut times) = learned(1000, 50, |sample| vec![sample % 10]);
-        let (seen, corrections) = (hazard.seen.clone(), hazard.corrections_q4.clone());
-        times.extend([UNIT * 51, UNIT * 52]);
-        let mut counts = vec![0; times.len()];
-        counts[51] = 1000;
-        hazard.learn(&times, &counts);
-        assert_eq!((&hazard.seen, &hazard.corrections_q4), (&seen, &corrections));
-        // As when samples are merged.
-        hazard.learn(&times[..25], &counts[..25]);
-        assert_eq!((&hazard.seen, &hazard.corrections_q4), (&seen, &corrections));
-        hazard.learn(&times[..26], &counts[..26]);
-        assert_ne!(hazard.counts_before.len(), 25, "and from there on it goes on");
+    fn samples_that_were_missed_or_merged_teach_nothing_and_it_goes_on_from_there() {
+        let mut guest = Guest::new(1000);
+        (0..50).for_each(|sample| guest.sample(1.0, [sample % 10]));
+        let written = |guest: &Guest| guest.hazard.written.iter().sum::<f64>();
+        let before = written(&guest);
+        // Two samples at once.
+        guest.times.push(UNIT * 51);
+        guest.counts.push(0);
+        guest.sample(1.0, [0]);
+        assert_eq!(written(&guest), before);
+        guest.sample(1.0, [1]);
+        assert_eq!(written(&guest), before + 1.0);
+        // Numbered anew, as when samples are merged.
+        guest.times.drain(1..20);
+        guest.counts.drain(1..20);
+        guest.last.iter_mut().for_each(|number| *number = number.saturating_sub(19));
+        guest.sample(1.0, [2]);
+        assert_eq!(written(&guest), before + 1.0);
+        guest.sample(1.0, [3]);
+        assert_eq!(written(&guest), before + 2.0);
+    }
+
+    #[test]
+    fn pages_older_than_the_ages_told_apart_keep_their_rank() {
+        let mut guest = Guest::new(2000);
+        for sample in 0..2 * AGES {
+            let first = 1000 + sample % 10 * 100;
+            guest.sample(1.0, (first..first + 100).chain((sample == 0).then_some(7)));
+        }
+        let corrections = guest.corrections();
+        assert_eq!(corrections[1], 0, "page 7");
+        assert!(corrections[corrections.len() - 5] > OCTAVE as i16);
     }
 
     #[test]
     fn an_idle_guest_and_one_that_writes_everything_are_left_alone() {
         for dirty in [0, 100] {
-            let (hazard, times) = learned(100, 50, |_| (0..dirty).collect());
-            let mut corrections = vec![0; times.len()];
-            hazard.add_to(&mut corrections, &times);
+            let mut guest = Guest::new(100);
+            (0..50).for_each(|_| guest.sample(1.0, 0..dirty));
+            let corrections = guest.corrections();
             assert!(corrections.iter().all(|correction| correction.abs() <= 1), "{corrections:?}");
         }
     }

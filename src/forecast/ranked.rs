@@ -109,7 +109,8 @@ pub(super) struct Ranked {
     /// for pages never written.
     log2_ages: Vec<i16>,
     fronts: Fronts,
-    hazard: AgeHazard,
+    /// Only with [`Terms::HAZARD`].
+    hazard: Option<AgeHazard>,
     /// No written page ranks above this, the shift of its chunk apart. As low as it can be: a plan leaves out the chunks
     /// whose written pages cannot come above the cut by it.
     most_written: i32,
@@ -149,7 +150,9 @@ impl Ranked {
             states: Chunks::new(nr_chunks),
             log2_ages: Vec::with_capacity(max_samples(&config) + 1),
             fronts: Fronts::new(config.sample_interval),
-            hazard: AgeHazard::new(config.sample_interval, max_samples(&config)),
+            hazard: terms
+                .contains(Terms::HAZARD)
+                .then(|| AgeHazard::new(config.sample_interval, max_samples(&config))),
             most_written: 0,
             just_passed: 0,
             nearby_q8: vec![0; if terms.contains(Terms::NEIGHBOURS) { nr_chunks } else { 0 }],
@@ -185,12 +188,14 @@ impl Ranked {
         self.log2_ages[0] = self.log2_age_never_written() as i16;
         self.just_passed =
             self.log2_ages.partition_point(|log2_age| i32::from(*log2_age) > JUST_PASSED) as u16;
-        if self.terms.contains(Terms::HAZARD) {
-            self.hazard.learn(working_set.times(), working_set.counts());
-            self.hazard.add_to(&mut self.log2_ages, working_set.times());
+        if let Some(hazard) = &mut self.hazard {
+            hazard.learn(working_set.times(), working_set.counts());
+            hazard.add_to(&mut self.log2_ages, working_set.times());
         }
+        let of_written =
+            self.log2_ages.iter().zip(working_set.counts()).skip(1).filter(|(_, pages)| **pages > 0);
         // A written page has been dirty in one sample at least.
-        self.most_written = self.log2_ages[1..].iter().copied().max().map_or(0, i32::from) - OCTAVE;
+        self.most_written = of_written.map(|(log2_age, _)| i32::from(*log2_age)).max().unwrap_or(0) - OCTAVE;
         self.look_around();
         self.stale = false;
     }
@@ -517,8 +522,8 @@ impl Work for CountWritten<'_> {
 
 impl Policy for Ranked {
     fn on_sample(&mut self, sample: &Sample, working_set: &WorkingSet) {
-        if self.terms.contains(Terms::HAZARD) {
-            self.hazard.learn(working_set.times(), working_set.counts());
+        if let Some(hazard) = &mut self.hazard {
+            hazard.learn(working_set.times(), working_set.counts());
         }
         self.fill_ages(working_set, sample.at, 0);
         self.fade.begin_sample(sample.at, sample.at.saturating_sub(working_set.last_sample_at()));
@@ -576,7 +581,7 @@ impl Policy for Ranked {
             + self.scratch.looked_at.capacity() * size_of::<u32>()
             + size_of_val(&*self.log2_ages)
             + size_of_val(&*self.nearby_q8)
-            + self.hazard.bytes()
+            + self.hazard.as_ref().map_or(0, AgeHazard::bytes)
     }
 
     fn huge_bytes(&self) -> usize {

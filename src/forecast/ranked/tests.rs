@@ -163,6 +163,21 @@ proptest! {
 }
 
 #[test]
+fn of_buffers_used_in_turn_none_that_is_due_soon_goes_first_once_that_was_seen() {
+    // Twelve buffers of a hundred pages; everything else was never written and is not pending.
+    let samples: Vec<Vec<(u64, u64)>> = (0..60).map(|sample| vec![(sample % 12 * 100, 100)]).collect();
+    let mut first = Vec::new();
+    for terms in [Terms::empty(), Terms::HAZARD] {
+        let (mut ranked, working_set, _) = ranked_guest(terms, &samples, LOOKS);
+        let mut pending = PageSet::empty(NR_PAGES);
+        pending.insert_run(Pfn(0), 1200);
+        first.push(one_plan(&mut ranked, &working_set, &mut pending, 100)[0].0 / 100);
+    }
+    assert_eq!(first[0], 0, "by age that which was written twelve samples ago, and comes next");
+    assert!((4..=11).contains(&first[1]), "not one of the four that come next: {first:?}");
+}
+
+#[test]
 fn pages_of_one_rank_go_in_ascending_order() {
     for kind in RANKED {
         let mut guest = Simulation::new(kind, config(512 * 64), 20_000.0);
