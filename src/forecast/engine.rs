@@ -46,7 +46,7 @@ impl Engine {
         self.working_set.make_room();
         self.policy.on_sample(sample, &self.working_set);
         self.working_set.record_with(sample, |step| self.policy.on_chunk(sample.dirty, step));
-        self.policy.end_sample(sample.at);
+        self.policy.end_sample(&self.working_set);
         self.pending.union(sample.dirty);
     }
 

@@ -33,8 +33,8 @@ pub(super) trait Policy: Send {
     /// Sees the chunks of the sample, in ascending order.
     fn on_chunk(&mut self, _dirty: &PageSet, _step: Step) {}
 
-    /// All chunks of the sample taken at `at` are in.
-    fn end_sample(&mut self, _at: Duration) {}
+    /// All chunks of the sample are in, and `working_set` knows of it.
+    fn end_sample(&mut self, _working_set: &WorkingSet) {}
 
     /// Appends to `out` at most `max` pages out of `view.pending`, in the order to send; each page once.
     fn next_batch(&mut self, view: &View, max: usize, peek: &mut dyn Peek, out: &mut Vec<Pfn>) -> Next;

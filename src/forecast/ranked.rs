@@ -150,9 +150,7 @@ impl Ranked {
             states: Chunks::new(nr_chunks),
             log2_ages: Vec::with_capacity(max_samples(&config) + 1),
             fronts: Fronts::new(config.sample_interval),
-            hazard: terms
-                .contains(Terms::HAZARD)
-                .then(|| AgeHazard::new(config.sample_interval, max_samples(&config))),
+            hazard: terms.contains(Terms::HAZARD).then(|| AgeHazard::new(&config)),
             most_written: 0,
             just_passed: 0,
             nearby_q8: vec![0; if terms.contains(Terms::NEIGHBOURS) { nr_chunks } else { 0 }],
@@ -188,8 +186,7 @@ impl Ranked {
         self.log2_ages[0] = self.log2_age_never_written() as i16;
         self.just_passed =
             self.log2_ages.partition_point(|log2_age| i32::from(*log2_age) > JUST_PASSED) as u16;
-        if let Some(hazard) = &mut self.hazard {
-            hazard.learn(working_set.times(), working_set.counts());
+        if let Some(hazard) = &self.hazard {
             hazard.add_to(&mut self.log2_ages, working_set.times());
         }
         let of_written =
@@ -523,7 +520,7 @@ impl Work for CountWritten<'_> {
 impl Policy for Ranked {
     fn on_sample(&mut self, sample: &Sample, working_set: &WorkingSet) {
         if let Some(hazard) = &mut self.hazard {
-            hazard.learn(working_set.times(), working_set.counts());
+            hazard.begin_sample(working_set.counts());
         }
         self.fill_ages(working_set, sample.at, 0);
         self.fade.begin_sample(sample.at, sample.at.saturating_sub(working_set.last_sample_at()));
@@ -540,8 +537,11 @@ impl Policy for Ranked {
         }
     }
 
-    fn end_sample(&mut self, at: Duration) {
-        self.fronts.end_sample(at);
+    fn end_sample(&mut self, working_set: &WorkingSet) {
+        self.fronts.end_sample(working_set.last_sample_at());
+        if let Some(hazard) = &mut self.hazard {
+            hazard.end_sample(working_set.times(), working_set.counts());
+        }
         if self.terms.contains(Terms::ACTIVITY) {
             self.states.iter_mut().for_each(|state| state.end_sample(&self.fade));
         }

@@ -70,7 +70,7 @@ fn ranked_guest(terms: Terms, samples: &[Vec<(u64, u64)>], looks: u64) -> (Ranke
         let sample = Sample { at: Duration::from_millis(50 * (number as u64 + 1)), dirty: &dirty };
         ranked.on_sample(&sample, &working_set);
         working_set.record_with(&sample, |step| ranked.on_chunk(&dirty, step));
-        ranked.end_sample(sample.at);
+        ranked.end_sample(&working_set);
     }
     (ranked, working_set, PageSet::full(NR_PAGES))
 }
