@@ -98,6 +98,8 @@ impl Setup {
         let result = save_on(&hypervisor, &request, &libxl, &abort, &|| ours.set(ours.get() + 1));
         over.store(true, Ordering::Release);
         guest.join().unwrap();
+        // As the save helper ends: a question that was cut short is answered first.
+        libxl.complete(0, 0).unwrap();
         drop((request, libxl));
         let (at_suspend, log) = peer.join().unwrap();
         Attempt { result, stream: receiver.join().unwrap(), at_suspend, log, ours: ours.get() }
@@ -134,6 +136,7 @@ fn start_libxl(
                     answers.suspend
                 }
                 7 => answers.switch,
+                10 => 0,
                 _ => continue,
             };
             to_answer.write_all(&answer.to_ne_bytes()).unwrap();
