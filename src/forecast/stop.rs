@@ -7,11 +7,11 @@
 //!   be written meanwhile is a small enough share of it, and stop when it is sent, or at the latest after twice the time that
 //!   this should take. That costs the migration as much time as it takes to send what was written, and saves the guest
 //!   the time for the rest.
-//! * Hopeless: the clairvoyant bound was above 3K in every sample of one base time, and S > 1.2 N. From then on
+//! * Hopeless: the clairvoyant bound was above 2K in every sample of one base time, and S > 1.125 N. From then on
 //!   take the first backlog that is no worse than the least since S > N.
 //! * No progress: S > 1.15 N, the bound was near the budget over the last fifth of a base time (its mean at most 1.5K: a
 //!   sender that knew the future could stop about now), and yet the backlog has not fallen so fast in that time that it
-//!   would be within K before the cap. Take the first backlog within 5 % of the least. A bound between 1.5K and 3K asks for
+//!   would be within K before the cap. Take the first backlog within 5 % of the least. A bound above that asks for
 //!   patience: the guest is in a phase in which nobody could stop, and such phases end.
 //! * Cap: stop before S + backlog reaches 2.2 N, with room for one more sample, for the largest growth of
 //!   the backlog in one sample, which fades within a base time, and for 0.02 N more. Without that room bursts went over the cap.
@@ -31,9 +31,9 @@ use super::{Config, Convergence, OnNoConvergence, StopReason, Verdict};
 use std::time::Duration;
 
 /// The bound is out of reach above this multiple of the budget.
-const HOPELESS_BUDGETS: f64 = 3.0;
+const HOPELESS_BUDGETS: f64 = 2.0;
 /// No verdict of hopelessness before this multiple of the memory was sent.
-const HOPELESS_SENT: f64 = 1.2;
+const HOPELESS_SENT: f64 = 1.125;
 /// Progress is looked for over this part of a base time,
 const PROGRESS_BASES: f64 = 0.2;
 /// and over three samples at least.
@@ -392,12 +392,12 @@ mod tests {
     #[test]
     fn a_budget_out_of_reach_for_a_base_time_takes_the_least_backlog() {
         let mut bench = Bench::new();
-        // All pages are written in each sample: the bound is 1000 - 50, above three budgets.
+        // All pages are written in each sample: the bound is 1000 - 50, above two budgets.
         for step in 0..21 {
-            assert_eq!(bench.judge(1000, 760 - step, 1001), None, "not hopeless yet, or too little sent");
+            assert_eq!(bench.judge(1000, 760 - step, 1125), None, "not hopeless yet, or too little sent");
         }
-        assert_eq!(bench.judge(1000, 745, 1201), None, "hopeless, but it has been lower");
-        assert_eq!(bench.judge(1000, 740, 1201), Some(StopReason::NoBetterBacklog));
+        assert_eq!(bench.judge(1000, 745, 1126), None, "hopeless, but it has been lower");
+        assert_eq!(bench.judge(1000, 740, 1126), Some(StopReason::NoBetterBacklog));
     }
 
     /// A second in which `dirty` pages are written in each sample: the bound is then 50 less; with 400 near the budget of 300.
@@ -452,8 +452,8 @@ mod tests {
     fn one_sample_within_reach_starts_the_clock_again() {
         let mut bench = Bench::new();
         for step in 0..60 {
-            let dirty = if step % 15 == 14 { 0 } else { 1000 };
-            // After a sample without writes the bound is 1000 - 100, three budgets exactly.
+            let dirty = if step % 15 >= 8 { 0 } else { 1000 };
+            // After seven samples without writes the bound is 1000 - 8 * 50, two budgets exactly.
             assert_eq!(bench.judge(dirty, 900, 1201), None, "step {step}");
         }
     }
@@ -484,7 +484,7 @@ mod tests {
         for step in 0..21 {
             assert_eq!(bench.verdict(1000, 760 - step, 1001), Verdict::Continue, "not hopeless yet");
         }
-        bench.verdict(1000, 745, 1201)
+        bench.verdict(1000, 745, 1126)
     }
 
     #[test]
@@ -500,7 +500,7 @@ mod tests {
         );
         assert_eq!((time.until, seen.established_at), (bench.now, Some(bench.now)));
         assert!(time.until - time.since >= Duration::from_secs(1), "one base time");
-        assert_eq!((seen.sent, seen.pages, seen.backlog, seen.least_backlog), (1201, 1000, 745, 740));
+        assert_eq!((seen.sent, seen.pages, seen.backlog, seen.least_backlog), (1126, 1000, 745, 740));
     }
 
     #[test]
