@@ -16,6 +16,7 @@
 //! * [`convergence`]: what is wanted without convergence, and the explanation of what was decided.
 //! * `log2`, `chunks`: fixed-point logarithm, state by 2 MiB chunk.
 
+mod age_ranks;
 mod ar;
 mod bound;
 mod chunk_state;

@@ -9,15 +9,15 @@
 //! by one only in chunks where one of them could rank above a cut through the never-written alone; and if there are very
 //! many, only in every n-th such chunk, another one with each plan. docs/forecast-speed.md has the figures.
 
+use super::age_ranks::AgeRanks;
 use super::chunk_state::{ChunkState, Fade};
 use super::chunks::Chunks;
 use super::fronts::Fronts;
-use super::hazard::AgeHazard;
 use super::log2::{LOG2_OF_COUNT, OCTAVE, in_units_q8, log2_q4};
 use super::plan::{ChunkPlan, Histogram, NOTHING, Plan, bucket_of};
 use super::policy::{Policy, View};
 use super::stop::StopRule;
-use super::working_set::{AgeChunk, SPARSE, Step, max_samples};
+use super::working_set::{AgeChunk, SPARSE, Step};
 use super::{Config, Convergence, Next, Peek, Sample, Verdict, WorkingSet};
 use crate::page::{CHUNK_PAGES, Pfn};
 use crate::page_set::{CHUNK_WORDS, PageSet, Places, for_each_place};
@@ -33,8 +33,6 @@ const BUCKETS_IN_A_RANK: i32 = 4;
 const RANK_OFFSET: i32 = 24 * OCTAVE * BUCKETS_IN_A_RANK;
 /// A page that a front will reach in some time ranks this much below one that has rested for as long: one octave.
 const BEFORE_A_FRONT: i32 = OCTAVE;
-/// A page written within three units has just been passed by the front that comes to its chunk: the log of those and one.
-const JUST_PASSED: i32 = 2 * OCTAVE;
 /// A plan holds at least so many batches.
 const MIN_BATCHES: usize = 2;
 /// Written pages that a plan looks at one by one, about, where there are more: so many,
@@ -66,8 +64,6 @@ const ACTIVITY_DIVISOR: i32 = 4;
 const NEIGHBOURS_DIVISOR: i32 = 16;
 /// A chunk's activity counts for its neighbours with a weight that falls by the inverse of two to this with each step.
 const NEIGHBOURS_SHIFT: u32 = 3;
-/// A page never written ranks as if it had rested for this much longer than it has been watched.
-const HEAD_START: Duration = Duration::from_secs(1);
 
 /// Times that ranks depend on, as of the latest sample.
 struct Clock {
@@ -105,17 +101,8 @@ pub(super) struct Ranked {
     terms: Terms,
     counts: Chunks<CountChunk>,
     states: Chunks<ChunkState>,
-    /// For each sample number log2 of the time since it was taken, with what is known of pages of that age; entry 0 stands
-    /// for pages never written.
-    log2_ages: Vec<i16>,
+    age_ranks: AgeRanks,
     fronts: Fronts,
-    /// Only with [`Terms::HAZARD`].
-    hazard: Option<AgeHazard>,
-    /// No written page ranks above this, the shift of its chunk apart. As low as it can be: a plan leaves out the chunks
-    /// whose written pages cannot come above the cut by it.
-    most_written: i32,
-    /// The first sample whose pages a front has just passed, if one goes through their chunk.
-    just_passed: u16,
     /// For each chunk the activity around it, in 256ths of an octave; empty without [`Terms::NEIGHBOURS`].
     nearby_q8: Vec<i32>,
     fade: Fade,
@@ -148,11 +135,8 @@ impl Ranked {
             terms,
             counts: Chunks::new(nr_chunks),
             states: Chunks::new(nr_chunks),
-            log2_ages: Vec::with_capacity(max_samples(&config) + 1),
+            age_ranks: AgeRanks::new(&config, terms.contains(Terms::HAZARD)),
             fronts: Fronts::new(config.sample_interval),
-            hazard: terms.contains(Terms::HAZARD).then(|| AgeHazard::new(&config)),
-            most_written: 0,
-            just_passed: 0,
             nearby_q8: vec![0; if terms.contains(Terms::NEIGHBOURS) { nr_chunks } else { 0 }],
             fade: Fade::new(ACTIVITY_MEMORY_S, config.sample_interval),
             clock: Clock { since_start: Duration::ZERO, unit: config.sample_interval },
@@ -169,30 +153,10 @@ impl Ranked {
         }
     }
 
-    /// Sets `log2_ages` to the log of the time from each sample to `at`, plus `offset` units.
-    fn fill_ages(&mut self, working_set: &WorkingSet, at: Duration, offset: u64) {
-        let unit = self.config.sample_interval;
-        self.log2_ages.clear();
-        let log2_age =
-            |taken: &Duration| log2_q4(in_units_q8(at.saturating_sub(*taken), unit) + 256 * offset) as i16;
-        self.log2_ages.extend(working_set.times().iter().map(log2_age));
-    }
-
     /// Brings ages and clock up to the latest sample.
     fn refresh(&mut self, working_set: &WorkingSet) {
-        let at = working_set.last_sample_at();
-        self.fill_ages(working_set, at, 1);
-        self.clock.since_start = at;
-        self.log2_ages[0] = self.log2_age_never_written() as i16;
-        self.just_passed =
-            self.log2_ages.partition_point(|log2_age| i32::from(*log2_age) > JUST_PASSED) as u16;
-        if let Some(hazard) = &self.hazard {
-            hazard.add_to(&mut self.log2_ages, working_set.times());
-        }
-        let of_written =
-            self.log2_ages.iter().zip(working_set.counts()).skip(1).filter(|(_, pages)| **pages > 0);
-        // A written page has been dirty in one sample at least.
-        self.most_written = of_written.map(|(log2_age, _)| i32::from(*log2_age)).max().unwrap_or(0) - OCTAVE;
+        self.age_ranks.refresh(working_set);
+        self.clock.since_start = working_set.last_sample_at();
         self.look_around();
         self.stale = false;
     }
@@ -202,16 +166,6 @@ impl Ranked {
     fn most(&self, chunk: usize) -> Option<i32> {
         let arrival = self.fronts.arrival(chunk, self.clock.since_start)?;
         Some(log2_q4(256 + in_units_q8(arrival, self.clock.unit)) - BEFORE_A_FRONT)
-    }
-
-    /// What stands for the age of a page that was never written.
-    fn log2_age_never_written(&self) -> i32 {
-        log2_q4(in_units_q8(self.clock.since_start + HEAD_START, self.clock.unit))
-    }
-
-    /// The rank of a page never written, before the shift of its chunk.
-    fn rank_never_written(&self) -> i32 {
-        self.log2_ages[0].into()
     }
 
     /// log2 of one plus the pages of a chunk that are written per unit.
@@ -261,10 +215,11 @@ impl Ranked {
     /// The bucket of a written page.
     #[inline(always)]
     fn bucket(&self, members: &Members, place: usize) -> i16 {
-        let log2_age = i32::from(self.log2_ages[usize::from(members.ages.0[place])]);
-        let mut rank = log2_age - i32::from(LOG2_OF_COUNT[usize::from(members.counts.0[place])]);
+        let last = members.ages.0[place];
+        let count = usize::from(members.counts.0[place]);
+        let mut rank = self.age_ranks.written_q4(last) - i32::from(LOG2_OF_COUNT[count]);
         if let Some(most) = members.most
-            && members.ages.0[place] < self.just_passed
+            && !self.age_ranks.is_just_passed(last)
         {
             rank = rank.min(most);
         }
@@ -291,7 +246,10 @@ impl Ranked {
     #[inline(always)]
     fn count_never_written(&self, pending: &PageSet, scratch: &mut Scratch) {
         scratch.histogram.clear();
-        let (rank_never, most_written) = (self.rank_never_written(), self.most_written);
+        let rank_never = self.age_ranks.never_written_q4();
+        // A written page has been dirty in one sample at least. As low as it can be: by it a plan leaves out the chunks whose
+        // written pages cannot come above the cut.
+        let most_written = self.age_ranks.most_written_q4() - OCTAVE;
         let idle = ChunkState::default();
         for chunk in pending.occupied_chunks() {
             let state = self.states.get(chunk).unwrap_or(&idle);
@@ -475,8 +433,7 @@ impl Ranked {
         let counts = self.counts.get_or_insert_with(chunk, || CountChunk([0; CHUNK_PAGES]));
         let mut fresh = 0;
         for place in places.iter() {
-            let last = usize::from(ages.0[place]);
-            fresh += u32::from(last == 0 || i32::from(self.log2_ages[last]) > OCTAVE);
+            fresh += u32::from(self.age_ranks.is_fresh(ages.0[place]));
             counts.0[place] = counts.0[place].saturating_add(1);
         }
         if self.terms.contains(Terms::FRONTS) {
@@ -519,10 +476,7 @@ impl Work for CountWritten<'_> {
 
 impl Policy for Ranked {
     fn on_sample(&mut self, sample: &Sample, working_set: &WorkingSet) {
-        if let Some(hazard) = &mut self.hazard {
-            hazard.begin_sample(working_set.counts());
-        }
-        self.fill_ages(working_set, sample.at, 0);
+        self.age_ranks.begin_sample(working_set, sample.at);
         self.fade.begin_sample(sample.at, sample.at.saturating_sub(working_set.last_sample_at()));
         self.stale = true;
         self.plan = None;
@@ -539,9 +493,7 @@ impl Policy for Ranked {
 
     fn end_sample(&mut self, working_set: &WorkingSet) {
         self.fronts.end_sample(working_set.last_sample_at());
-        if let Some(hazard) = &mut self.hazard {
-            hazard.end_sample(working_set.times(), working_set.counts());
-        }
+        self.age_ranks.end_sample(working_set);
         if self.terms.contains(Terms::ACTIVITY) {
             self.states.iter_mut().for_each(|state| state.end_sample(&self.fade));
         }
@@ -579,9 +531,8 @@ impl Policy for Ranked {
             + self.states.bytes()
             + size_of_val(&*self.scratch.chunks)
             + self.scratch.looked_at.capacity() * size_of::<u32>()
-            + size_of_val(&*self.log2_ages)
             + size_of_val(&*self.nearby_q8)
-            + self.hazard.as_ref().map_or(0, AgeHazard::bytes)
+            + self.age_ranks.bytes()
     }
 
     fn huge_bytes(&self) -> usize {

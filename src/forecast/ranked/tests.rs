@@ -111,7 +111,7 @@ fn the_best_by_rank_and_number(
                 }
                 _ => {
                     let most = ranked.most(chunk).unwrap_or(i32::MAX);
-                    bucket_of(ranked.rank_never_written().min(most) * BUCKETS_IN_A_RANK + shift)
+                    bucket_of(ranked.age_ranks.never_written_q4().min(most) * BUCKETS_IN_A_RANK + shift)
                 }
             };
             (-bucket, pfn)
