@@ -53,6 +53,7 @@ pub fn run(arguments: &GuestArguments) -> Result<Exit, Failure> {
         ending.end();
     });
     watch.map_err(|error| Failure::failed(format!("cannot start a thread: {error}")))?;
+    host.listen().map_err(Failure::failed)?;
     console::say(format_args!("guest running, control socket {}", arguments.socket.display()));
     host.serve();
     Ok(Exit::Done)

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::ReceiveError;
 use crate::guest::arena::handover;
 use crate::guest::arena::host::{ControlSocket, Host};
-use crate::sys::descriptors;
 use crate::sys::guest_memory::GuestMemory;
+use crate::sys::{console, descriptors};
 use crate::transport::session::Message;
 
 /// What the receiver tells the guest's process, and the other way round.
@@ -152,6 +152,10 @@ pub fn run(channel: OwnedFd, socket: &Path) -> Result<bool, ReceiveError> {
     let _ = say(&channel, &Step::Armed, &[]);
     let start = || host.resume().map_err(|error| error.to_string());
     let runs = handover::take(connection, listener, &migration, &ready, start).map_err(failed)?;
+    if runs && let Err(error) = host.listen() {
+        // The guest is here and nowhere else: it runs on without a control socket.
+        console::complain(format_args!("pagecast guest: {error}"));
+    }
     let _ = say(&channel, if runs { &Step::Running } else { &Step::GivenUp }, &[]);
     if runs {
         host.serve();

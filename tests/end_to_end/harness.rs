@@ -64,6 +64,14 @@ impl Process {
         Process(command.stdin(Stdio::null()).process_group(0).spawn().expect("the program can be started"))
     }
 
+    /// The first line that it writes to standard output, which is piped; what it writes there afterwards is lost.
+    pub fn first_line(&mut self) -> String {
+        let mut line = String::new();
+        let output = self.0.stdout.take().expect("it is piped");
+        BufReader::new(output).read_line(&mut line).expect("it says something");
+        line
+    }
+
     pub fn kill(&mut self) {
         let _ = self.0.kill();
     }
@@ -90,12 +98,14 @@ impl Drop for Process {
     }
 }
 
-/// Starts a guest and connects to it.
+/// Starts a guest and connects to it, once: whoever says that it runs lets clients in.
 pub fn start_guest(socket: &Path, arguments: &[&str]) -> (Process, ArenaGuest) {
     let mut command = pagecast();
     command.arg("guest").arg("--die-with-parent").arg("--socket").arg(socket).args(arguments);
-    let process = Process::start(command.stdout(Stdio::null()));
-    let guest = ArenaGuest::connect_within(socket, PATIENCE).expect("the guest starts");
+    let mut process = Process::start(command.stdout(Stdio::piped()));
+    let line = process.first_line();
+    assert!(line.starts_with("guest running, control socket "), "{line}");
+    let guest = ArenaGuest::connect(socket).expect("the guest listens");
     (process, guest)
 }
 
@@ -104,9 +114,7 @@ pub fn start_receiver(socket: &Path, arguments: &[&str]) -> (Process, String) {
     let mut command = pagecast();
     command.arg("receive").arg("--listen").arg("127.0.0.1:0").arg("--socket").arg(socket).args(arguments);
     let mut process = Process::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
-    let mut line = String::new();
-    let output = process.0.stdout.take().expect("it is piped");
-    BufReader::new(output).read_line(&mut line).expect("the receiver says where it listens");
+    let line = process.first_line();
     let address = line.trim().strip_prefix("listening on ").expect("the receiver says where it listens");
     (process, address.to_owned())
 }
@@ -123,9 +131,7 @@ pub fn start_send_with_progress(socket: &Path, address: &str, arguments: &[&str]
     let mut command = pagecast();
     command.arg("send").arg("--json").arg("--socket").arg(socket).arg(address).args(arguments);
     let mut process = Process::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
-    let mut line = String::new();
-    let output = process.0.stdout.take().expect("it is piped");
-    BufReader::new(output).read_line(&mut line).expect("the migrator says something");
+    let line = process.first_line();
     (process, line)
 }
 

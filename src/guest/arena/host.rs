@@ -145,15 +145,15 @@ impl Host {
         self.vcpu.resume()
     }
 
+    /// From now on clients of the control socket are let in; they are answered by [`Host::serve`].
+    pub fn listen(&self) -> Result<(), HostError> {
+        let path = || self.control.path.display().to_string();
+        listen(&self.control.socket, 16)
+            .map_err(|error| HostError::Socket { path: path(), source: error.into() })
+    }
+
     /// Serves the control socket until the guest is told to quit or has moved away and nobody minds it any more.
     pub fn serve(self: &Arc<Self>) {
-        if let Err(error) = listen(&self.control.socket, 16) {
-            console::complain(format_args!(
-                "pagecast guest: cannot listen on {}: {error}",
-                self.control.path.display()
-            ));
-            return;
-        }
         while !self.quit.load(Ordering::Acquire) {
             let Ok(socket) = accept_with(&self.control.socket, SocketFlags::CLOEXEC) else {
                 // Out of descriptors, or told to quit.
