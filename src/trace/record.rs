@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::format::{Heading, Round, TraceError, TraceWriter, runs_of};
+use super::format::{Round, TraceError, runs_of};
+use super::writer::{Heading, TraceWriter};
 use crate::guest::process::tracker::{Toll, Tracker};
 use crate::guest::{DirtyLog, GuestControl, GuestError};
 use crate::page::CHUNK_PAGES;

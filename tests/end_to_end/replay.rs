@@ -5,7 +5,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use pagecast::trace::format::{Heading, Round, Run, TraceWriter, runs_of};
+use pagecast::trace::format::{Round, Run, runs_of};
+use pagecast::trace::writer::{Heading, TraceWriter};
 use serde_json::Value;
 
 use crate::harness::{Folder, run};
