@@ -6,9 +6,10 @@ use clap::Args;
 use serde_json::json;
 
 use super::model::ModelOptions;
+use super::output::{Output, warn_of_missed_rounds};
 use super::{Exit, Failure};
 use crate::report::bound::{self, Bound};
-use crate::report::plot::{self, BoundPicture, Figure};
+use crate::report::plot::{self, BoundPicture};
 use crate::sys::console;
 use crate::trace::clairvoyant::{Survey, least_link};
 use crate::trace::format::Trace;
@@ -47,9 +48,6 @@ struct Finding {
 pub fn run(arguments: &BoundArguments) -> Result<Exit, Failure> {
     let (links, budgets_s) = (arguments.model.links().map_err(Failure::usage)?, arguments.model.budgets_s());
     let starts = arguments.model.starts();
-    for path in arguments.plot.iter().chain(&arguments.heatmap) {
-        Figure::check_name(path).map_err(Failure::usage)?;
-    }
     let combinations = arguments.traces.len() * links.len() * budgets_s.len() * starts.len();
     if arguments.plot.is_some() && combinations > 1 {
         return Err(Failure::usage(format!(
@@ -59,13 +57,16 @@ pub fn run(arguments: &BoundArguments) -> Result<Exit, Failure> {
     if arguments.heatmap.is_some() && arguments.traces.len() > 1 {
         return Err(Failure::usage("--heatmap is for one trace; name one"));
     }
+    let picture = arguments.plot.as_deref().map(Output::picture).transpose()?;
+    let mut heat_map = arguments.heatmap.as_deref().map(Output::picture).transpose()?;
+    arguments.traces.iter().try_for_each(|path| Trace::look_for(path)).map_err(Failure::failed)?;
     let mut findings = Vec::new();
     for path in &arguments.traces {
         let trace = Trace::open(path).map_err(Failure::failed)?;
-        if let Some(picture) = &arguments.heatmap {
+        warn_of_missed_rounds(&name_of(path), trace.rounds_missed(), trace.rounds().len());
+        if let Some(heat_map) = heat_map.take() {
             let intervals = Intervals::new(&trace, MAP_COLUMNS);
-            let figure = plot::heat_map(&name_of(path), &intervals, trace.period_s());
-            figure.and_then(|figure| figure.save(picture)).map_err(Failure::failed)?;
+            heat_map.draw(plot::heat_map(&name_of(path), &intervals, trace.period_s()))?;
         }
         for link in &links {
             for budget_s in &budgets_s {
@@ -79,11 +80,11 @@ pub fn run(arguments: &BoundArguments) -> Result<Exit, Failure> {
             }
         }
     }
-    if let (Some(path), [finding]) = (&arguments.plot, findings.as_slice()) {
-        draw(finding, path)?;
-    }
     if !arguments.json {
         say(&findings);
+    }
+    if let (Some(picture), [finding]) = (picture, findings.as_slice()) {
+        draw(finding, picture)?;
     }
     Ok(Exit::Done)
 }
@@ -113,6 +114,7 @@ fn find(
         budget_s,
         start_round,
         pages,
+        rounds_missed: trace.rounds_missed(),
         t_star_s,
         t_star_rounds: survey.earliest.map(|earliest| earliest.rounds),
         least_downtime_s: survey.least_backlog() / link.pages_per_s(pages),
@@ -145,9 +147,9 @@ fn say(findings: &[Finding]) {
     }
 }
 
-fn draw(finding: &Finding, path: &Path) -> Result<(), Failure> {
+fn draw(finding: &Finding, picture: Output) -> Result<(), Failure> {
     let bound = &finding.bound;
-    let figure = plot::bound(&BoundPicture {
+    picture.draw(plot::bound(&BoundPicture {
         trace: &bound.trace,
         survey: &finding.survey,
         pages: bound.pages,
@@ -156,6 +158,5 @@ fn draw(finding: &Finding, path: &Path) -> Result<(), Failure> {
         budget_s: bound.budget_s,
         start_round: bound.start_round,
         verdict: &bound.verdict(),
-    });
-    figure.and_then(|figure| figure.save(path)).map_err(Failure::failed)
+    }))
 }

@@ -48,6 +48,7 @@ pub struct MirrorArguments {
 
 pub fn run(arguments: &MirrorArguments) -> Result<Exit, Failure> {
     let settings = arguments.migration.settings(arguments.policy, true).map_err(Failure::usage)?;
+    let abort = interrupted()?;
     let pid = arguments.pid;
     let name = proc::name(pid).unwrap_or_else(|| format!("process {pid}"));
     let json = arguments.output.json;
@@ -65,7 +66,6 @@ pub fn run(arguments: &MirrorArguments) -> Result<Exit, Failure> {
         (Some(address), _) | (None, Some((_, _, address))) => address.clone(),
         (None, None) => return Err(Failure::usage("there is nowhere to send to")),
     };
-    let abort = interrupted()?;
     let mut display = Display::new(json);
     let result = migrate(&mut guest, &settings, &destination, &abort, &mut display);
     display.done();

@@ -10,6 +10,7 @@ mod inspect;
 mod mirror;
 mod model;
 mod options;
+mod output;
 mod probe;
 mod receive;
 mod record;
@@ -112,6 +113,11 @@ pub fn run() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => return usage(&error),
     };
+    // What these say is all that they do.
+    let tells = matches!(
+        arguments.command,
+        Command::Replay(_) | Command::Bound(_) | Command::Record(_) | Command::Inspect(_) | Command::Probe(_)
+    );
     let result = match arguments.command {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Guest(arguments) => guest::run(&arguments),
@@ -124,6 +130,12 @@ pub fn run() -> ExitCode {
         Command::Record(arguments) => record::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
+    };
+    let result = match console::lost() {
+        Some(error) if tells && result.is_ok() => Err(Failure::failed(format!(
+            "cannot write to standard output: {error}; not all of it was written"
+        ))),
+        _ => result,
     };
     let exit = result.unwrap_or_else(|failure| {
         console::complain(format_args!("pagecast: {}", failure.message));

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -16,7 +17,8 @@ use crate::guest::process::tracker::{Choice, Tracker};
 use crate::report::progress::RecordingDisplay;
 use crate::report::recording;
 use crate::sys::{console, cpu, fault_cost};
-use crate::trace::record::{GuestSubject, Recording, Settings, Subject, record};
+use crate::trace::record::{GuestSubject, RecordError, Recording, Settings, Subject, record};
+use crate::trace::writer::{Heading, TraceWriter};
 
 /// How long a command may take to end when it is asked to.
 const END_PATIENCE: Duration = Duration::from_secs(10);
@@ -78,6 +80,7 @@ struct SubjectOptions {
 }
 
 pub fn run(arguments: &RecordArguments) -> Result<Exit, Failure> {
+    let abort = interrupted()?;
     if arguments.period < Duration::from_millis(1) || arguments.period > Duration::from_secs(60) {
         return Err(Failure::usage("--period is to be from 1ms to 60s"));
     }
@@ -94,15 +97,17 @@ pub fn run(arguments: &RecordArguments) -> Result<Exit, Failure> {
         }
         let mut guest = ArenaGuest::connect(socket).map_err(Failure::failed)?;
         let name = format!("arena guest, {}, seed {}", guest.workload(), guest.seed());
+        let writer = begin(arguments, &name)?;
         let mut subject = GuestSubject::start(&mut guest).map_err(Failure::failed)?;
-        return run_on(arguments, &mut subject, &name).map(|_| Exit::Done);
+        return run_on(arguments, &mut subject, writer, &abort).map(|_| Exit::Done);
     }
     if let Some(pid) = subject.pid {
         let name = proc::name(pid).unwrap_or_else(|| format!("process {pid}"));
+        let writer = begin(arguments, &name)?;
         let mut tracker = Tracker::attach(pid, choice(&arguments.memory)).map_err(Failure::failed)?;
-        return run_on(arguments, &mut tracker, &name).map(|_| Exit::Done);
+        return run_on(arguments, &mut tracker, writer, &abort).map(|_| Exit::Done);
     }
-    run_command(arguments)
+    run_command(arguments, &abort)
 }
 
 /// What can be written of it.
@@ -110,24 +115,36 @@ fn choice(memory: &MemoryOptions) -> Choice {
     memory.choice(DEFAULT_MIN_MAPPING, false)
 }
 
-fn run_on(arguments: &RecordArguments, subject: &mut dyn Subject, name: &str) -> Result<Recording, Failure> {
-    let abort = interrupted()?;
+/// Begins the trace, before anything is started or attached to for it.
+fn begin(arguments: &RecordArguments, name: &str) -> Result<TraceWriter, Failure> {
+    let heading = Heading {
+        name: arguments.name.clone().unwrap_or_else(|| name.to_owned()),
+        period_us: (arguments.period.as_micros() as u32).max(1),
+    };
+    TraceWriter::create(&arguments.out, &heading).map_err(Failure::failed)
+}
+
+fn run_on(
+    arguments: &RecordArguments,
+    subject: &mut dyn Subject,
+    writer: TraceWriter,
+    abort: &AtomicBool,
+) -> Result<Recording, Failure> {
     let fault_cost = fault_cost::measure().ok();
     cpu::sharpen_timers();
     if arguments.realtime {
         cpu::run_in_real_time()
             .map_err(|error| Failure::failed(format!("cannot run in real time (--realtime): {error}")))?;
     }
-    let settings = Settings {
-        name: arguments.name.clone().unwrap_or_else(|| name.to_owned()),
-        period: arguments.period,
-        duration: arguments.duration,
-    };
+    let settings = Settings { period: arguments.period, duration: arguments.duration };
     let json = arguments.output.json;
     let mut display = RecordingDisplay::new(json);
-    let result = record(subject, &settings, &arguments.out, &abort, &mut |status| display.status(status));
+    let result = record(subject, &settings, writer, abort, &mut |status| display.status(status));
     display.done();
-    let recording = result.map_err(Failure::failed)?;
+    let recording = result.map_err(|error| match error {
+        RecordError::Interrupted => Failure { exit: Exit::Aborted, message: error.to_string() },
+        _ => Failure::failed(error),
+    })?;
     let path = arguments.out.display().to_string();
     let bytes = std::fs::metadata(&arguments.out).map_or(0, |file| file.len());
     if json {
@@ -138,12 +155,13 @@ fn run_on(arguments: &RecordArguments, subject: &mut dyn Subject, name: &str) ->
     Ok(recording)
 }
 
-fn run_command(arguments: &RecordArguments) -> Result<Exit, Failure> {
+fn run_command(arguments: &RecordArguments, abort: &AtomicBool) -> Result<Exit, Failure> {
+    let writer = begin(arguments, &arguments.subject.command.join(" "))?;
     let mut child = start(&arguments.subject.command)?;
     let pid = child.id() as i32;
     let result = Tracker::attach(pid, choice(&arguments.memory))
         .map_err(Failure::failed)
-        .and_then(|mut tracker| run_on(arguments, &mut tracker, &arguments.subject.command.join(" ")));
+        .and_then(|mut tracker| run_on(arguments, &mut tracker, writer, abort));
     if arguments.leave_running {
         if let Ok(None) = child.try_wait() {
             console::complain(format_args!("pagecast record: the command runs on as process {pid}"));

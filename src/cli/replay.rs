@@ -1,8 +1,6 @@
 //! `pagecast replay`: policies over recorded traces.
 
-use std::fs::File;
-use std::io::BufWriter;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -10,9 +8,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::model::ModelOptions;
+use super::output::{Output, warn_of_missed_rounds};
 use super::{Exit, Failure, units};
 use crate::forecast::{OnNoConvergence, PolicyKind};
-use crate::report::plot::{self, Figure};
+use crate::report::plot;
 use crate::report::{replay as report, summary};
 use crate::sys::{console, cpu};
 use crate::trace::contender::Contender;
@@ -108,56 +107,53 @@ impl ReplayArguments {
 
 pub fn run(arguments: &ReplayArguments) -> Result<Exit, Failure> {
     let plan = arguments.plan().map_err(Failure::usage)?;
-    if let Some(path) = &arguments.plot {
-        Figure::check_name(path).map_err(Failure::usage)?;
-    }
-    if plan.trials() == 1 && !arguments.summary {
-        return one(arguments, &plan);
-    }
-    if arguments.decisions.is_some() {
+    let is_one = plan.trials() == 1 && !arguments.summary;
+    if arguments.decisions.is_some() && !is_one {
         return Err(Failure::usage(format!(
             "--decisions is for a single replay and these are {}; name one trace, policy, base, budget, start and order",
             plan.trials()
         )));
     }
-    many(arguments, plan)
+    let picture = arguments.plot.as_deref().map(Output::picture).transpose()?;
+    plan.look_for_traces().map_err(Failure::failed)?;
+    if is_one { one(arguments, &plan, picture) } else { many(arguments, plan, picture) }
 }
 
 /// Runs the only replay and writes down or draws what it did.
-fn one(arguments: &ReplayArguments, plan: &Plan) -> Result<Exit, Failure> {
-    // Found out before the work is done.
-    let file = arguments.decisions.as_deref().map(create).transpose()?;
+fn one(arguments: &ReplayArguments, plan: &Plan, picture: Option<Output>) -> Result<Exit, Failure> {
+    let file = arguments.decisions.as_deref().map(|path| Output::create(path, &plan.traces)).transpose()?;
     let made = trials::run_one(plan, |trace, shuffle| {
         let decisions = file.is_some().then(|| Decisions::new(shuffle.clone()));
-        (decisions, arguments.plot.is_some().then(|| Series::new(trace)))
+        (decisions, picture.is_some().then(|| Series::new(trace)))
     });
     let (trial, (decisions, series)) = made.map_err(Failure::failed)?;
-    if let (Some((path, file)), Some(decisions)) = (file, decisions) {
-        let written = decisions.write(trial.outcome.stop_round, &mut BufWriter::new(file));
-        written.map_err(|error| cannot_write(path, &error))?;
-    }
-    if let (Some(path), Some(series)) = (&arguments.plot, series) {
-        let figure = plot::over_time(&trial, &series).map_err(Failure::failed)?;
-        figure.save(path).map_err(Failure::failed)?;
-    }
+    warn(&[&trial]);
     if arguments.json {
         say_line(&trial);
     } else {
         console::say(format_args!("{}", report::table(&[&trial])));
     }
+    if let (Some(file), Some(decisions)) = (file, decisions) {
+        file.write(decisions.text(trial.outcome.stop_round).as_bytes())?;
+    }
+    if let (Some(picture), Some(series)) = (picture, series) {
+        picture.draw(plot::over_time(&trial, &series))?;
+    }
     Ok(Exit::Done)
 }
 
-fn create(path: &Path) -> Result<(&Path, File), Failure> {
-    File::create(path).map(|file| (path, file)).map_err(|error| cannot_write(path, &error))
-}
-
-fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::failed(format!("cannot write {}: {error}; is the folder there and writable?", path.display()))
+/// Says of which traces the clock does not agree with the rounds.
+fn warn(trials: &[&Trial]) {
+    let mut said = None;
+    for trial in trials {
+        if said.replace(&trial.trace) != Some(&trial.trace) {
+            warn_of_missed_rounds(&trial.trace, trial.rounds_missed, trial.rounds);
+        }
+    }
 }
 
 /// Runs all replays, shows each and what they come down to.
-fn many(arguments: &ReplayArguments, mut plan: Plan) -> Result<Exit, Failure> {
+fn many(arguments: &ReplayArguments, mut plan: Plan, picture: Option<Output>) -> Result<Exit, Failure> {
     let asked_for = plan.contenders.clone();
     if arguments.summary {
         for yardstick in [Contender::yardstick(), Contender::stock_xen()] {
@@ -172,10 +168,7 @@ fn many(arguments: &ReplayArguments, mut plan: Plan) -> Result<Exit, Failure> {
     let trials = trials.map_err(Failure::failed)?;
     let summaries = summary::summarise(&trials, &asked_for);
     let shown: Vec<&Trial> = trials.iter().filter(|trial| asked_for.contains(&trial.contender)).collect();
-    if let Some(path) = &arguments.plot {
-        let figure = plot::comparison(&shown, &summaries).map_err(Failure::failed)?;
-        figure.save(path).map_err(Failure::failed)?;
-    }
+    warn(&shown);
     match (arguments.json, arguments.summary) {
         (true, true) => console::say(format_args!("{}", json!({ "summary": summaries }))),
         (true, false) => {}
@@ -183,6 +176,9 @@ fn many(arguments: &ReplayArguments, mut plan: Plan) -> Result<Exit, Failure> {
         (false, false) => {
             console::say(format_args!("{}\n{}", report::table(&shown), summary::table(&summaries)));
         }
+    }
+    if let Some(picture) = picture {
+        picture.draw(plot::comparison(&shown, &summaries))?;
     }
     Ok(Exit::Done)
 }

@@ -19,6 +19,8 @@ pub struct Bound {
     pub start_round: usize,
     /// Pages of the id space.
     pub pages: u64,
+    /// Rounds that the trace lacks, by its clock.
+    pub rounds_missed: u64,
     /// T*; null if the trace ends before it.
     pub t_star_s: Option<f64>,
     /// Rounds from the start to that stop.

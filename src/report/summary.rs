@@ -35,6 +35,8 @@ pub struct Reachable {
     pub within_budget: usize,
     /// Replays that the end of the trace cut off.
     pub cut_off: usize,
+    /// Replays that the policy called off. They have no total time and are in none of the means.
+    pub called_off: usize,
     /// Geometric mean of TMT over that of `xen-skip:budget`; none if that was not replayed.
     pub tmt_over_xen_skip: Option<f64>,
     /// The pair in which that is highest.
@@ -50,6 +52,8 @@ pub struct OutOfReach {
     pub rho_mean: Option<f64>,
     /// The highest rho.
     pub rho_max: Option<f64>,
+    /// Replays that the policy called off, which are in none of the figures.
+    pub called_off: usize,
     /// Pairs that have no T* at all.
     pub without_t_star: usize,
     /// In those, the geometric mean of the downtime over that of `xen:own`; none if that was not replayed.
@@ -111,6 +115,7 @@ fn find<'a>(pair: &'a [Trial], contender: &Contender) -> Option<&'a Trial> {
 /// Whether the yardstick's replay makes its pair tractable. One that was cut off needs more than its trace can tell.
 fn tractable_by(yardstick: &Trial) -> bool {
     yardstick.outcome.reason.is_some()
+        && !yardstick.outcome.aborted
         && yardstick.over_t_star().is_some_and(|over| over <= TRACTABLE_T_STARS)
 }
 
@@ -118,19 +123,26 @@ fn tractable_by(yardstick: &Trial) -> bool {
 struct Ratios {
     over_t_star: Vec<f64>,
     rho: Vec<f64>,
+    pairs: usize,
     within_budget: usize,
     cut_off: usize,
+    called_off: usize,
     over_xen_skip: Vec<f64>,
     worst: Option<Worst>,
 }
 
 impl Ratios {
     fn add(&mut self, trial: &Trial, yardstick: Option<&Trial>) {
+        self.pairs += 1;
+        if trial.outcome.aborted {
+            self.called_off += 1;
+            return;
+        }
         self.over_t_star.extend(trial.over_t_star());
         self.rho.push(trial.rho());
         self.within_budget += usize::from(trial.converged());
         self.cut_off += usize::from(trial.outcome.reason.is_none());
-        if let Some(yardstick) = yardstick {
+        if let Some(yardstick) = yardstick.filter(|yardstick| !yardstick.outcome.aborted) {
             let ratio = trial.outcome.tmt_s / yardstick.outcome.tmt_s;
             self.over_xen_skip.push(ratio);
             Worst::take(&mut self.worst, ratio, trial);
@@ -139,11 +151,12 @@ impl Ratios {
 
     fn summary(self) -> Reachable {
         Reachable {
-            pairs: self.rho.len(),
+            pairs: self.pairs,
             tmt_over_t_star: geometric_mean(&self.over_t_star),
             rho: geometric_mean(&self.rho),
             within_budget: self.within_budget,
             cut_off: self.cut_off,
+            called_off: self.called_off,
             tmt_over_xen_skip: geometric_mean(&self.over_xen_skip),
             worst_over_xen_skip: self.worst,
         }
@@ -152,6 +165,8 @@ impl Ratios {
 
 #[derive(Default)]
 struct Infeasible {
+    pairs: usize,
+    called_off: usize,
     rho: Vec<f64>,
     without_t_star: usize,
     downtime: Vec<f64>,
@@ -160,13 +175,18 @@ struct Infeasible {
 
 impl Infeasible {
     fn add(&mut self, trial: &Trial, xen: Option<&Trial>) {
+        self.pairs += 1;
+        self.without_t_star += usize::from(trial.t_star.is_none());
+        if trial.outcome.aborted {
+            self.called_off += 1;
+            return;
+        }
         self.rho.push(trial.rho());
         if trial.t_star.is_some() {
             return;
         }
-        self.without_t_star += 1;
         // Where no T* exists every stop leaves more than the budget, so that no downtime is 0.
-        if let Some(xen) = xen {
+        if let Some(xen) = xen.filter(|xen| !xen.outcome.aborted) {
             let ratio = trial.outcome.downtime_s / xen.outcome.downtime_s;
             self.downtime.push(ratio);
             Worst::take(&mut self.worst, ratio, trial);
@@ -176,7 +196,8 @@ impl Infeasible {
     fn summary(self) -> OutOfReach {
         let count = self.rho.len();
         OutOfReach {
-            pairs: count,
+            pairs: self.pairs,
+            called_off: self.called_off,
             rho_mean: (count > 0).then(|| self.rho.iter().sum::<f64>() / count as f64),
             rho_max: self.rho.iter().copied().reduce(f64::max),
             without_t_star: self.without_t_star,
@@ -256,6 +277,7 @@ fn reachable(summaries: &[Summary], of: impl Fn(&Summary) -> Option<&Reachable>)
         "rho",
         "within budget",
         "cut off",
+        "called off",
         "TMT/xen-skip",
         "at worst",
         "where",
@@ -268,30 +290,40 @@ fn reachable(summaries: &[Summary], of: impl Fn(&Summary) -> Option<&Reachable>)
             number(figures.rho),
             figures.within_budget.to_string(),
             figures.cut_off.to_string(),
+            figures.called_off.to_string(),
             number(figures.tmt_over_xen_skip),
         ];
         row.extend(ratio_and_place(figures.worst_over_xen_skip.as_ref()));
         table.add_row(row);
     }
-    aligned(table, 1..7)
+    aligned(table, 1..8)
 }
 
 fn out_of_reach(summaries: &[Summary]) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY);
-    table.set_header(["policy", "mean rho", "highest rho", "downtime/xen", "at worst", "where"]);
+    table.set_header([
+        "policy",
+        "mean rho",
+        "highest rho",
+        "called off",
+        "downtime/xen",
+        "at worst",
+        "where",
+    ]);
     for summary in summaries {
         let figures = &summary.infeasible;
         let mut row = vec![
             summary.policy.clone(),
             number(figures.rho_mean),
             number(figures.rho_max),
+            figures.called_off.to_string(),
             number(figures.downtime_over_xen),
         ];
         row.extend(ratio_and_place(figures.worst_downtime_over_xen.as_ref()));
         table.add_row(row);
     }
-    aligned(table, 1..5)
+    aligned(table, 1..6)
 }
 
 fn aligned(mut table: Table, right: std::ops::Range<usize>) -> String {
@@ -321,6 +353,8 @@ mod tests {
             budget_s: 0.3,
             start_round: 5,
             pages: 100,
+            rounds: 20,
+            rounds_missed: 0,
             contender: word.parse().unwrap(),
             t_star: t_star_s.map(|total_s| Earliest { rounds: 0, backlog: 0.0, total_s }),
             outcome: Outcome {
@@ -385,6 +419,33 @@ mod tests {
         assert!((ar.infeasible.downtime_over_xen.unwrap() - 0.5).abs() < 1e-9);
         assert_eq!((summaries[1].feasible.cut_off, summaries[1].feasible.within_budget), (1, 1));
         assert!(table(&summaries).contains("tractable: the 1 of these"));
+    }
+
+    #[test]
+    fn a_migration_that_was_called_off_is_counted_and_in_no_mean() {
+        let called_off = |mut trial: Trial| {
+            (trial.outcome.aborted, trial.outcome.converged) = (true, false);
+            (trial.outcome.downtime_s, trial.outcome.backlog) = (0.0, 90);
+            trial
+        };
+        let trials = [
+            trial(0, "xen", Some(1.0), 1.5, 150),
+            called_off(trial(0, "ar", Some(1.0), 0.5, 50)),
+            trial(1, "xen", Some(1.0), 1.5, 150),
+            trial(1, "ar", Some(1.0), 2.0, 200),
+            trial(2, "xen", None, 1.5, 150),
+            called_off(trial(2, "ar", None, 0.5, 50)),
+        ];
+        let ar = &summarise(&trials, &["ar".parse().unwrap()])[0];
+        assert_eq!((ar.feasible.pairs, ar.feasible.called_off, ar.feasible.within_budget), (2, 1, 1));
+        assert_eq!((ar.feasible.tmt_over_t_star, ar.feasible.rho), (Some(2.0), Some(2.0)));
+        assert_eq!((ar.infeasible.pairs, ar.infeasible.called_off), (1, 1));
+        assert_eq!((ar.infeasible.rho_max, ar.infeasible.downtime_over_xen), (None, None));
+        assert_eq!(
+            (trials[1].transmissions(), trials[1].pages_wasted()),
+            (50, 50),
+            "nothing has come of them"
+        );
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod guest_memory;
 pub mod heir;
 pub mod huge_pages;
 pub mod memory_info;
+pub mod output_file;
 pub mod pagemap;
 pub mod process_memory;
 pub mod ptrace;

@@ -139,15 +139,18 @@ impl Survey {
 }
 
 /// The slowest link, in pages a round and to within 2 %, with which a sender with foresight could stop with so many rounds
-/// of link left as the budget has. None if a link a thousand times `pages_per_round` would not do.
+/// of link left as the budget has. None if no link would do.
 pub fn least_link(trace: &Trace, start: usize, pages_per_round: f64, budget_rounds: f64) -> Option<f64> {
     let enough = |link: f64| earliest(trace, start, link, budget_rounds * link).is_some();
+    // This one sends everything within the budget, or, where there is none, within a round: a faster one does no better.
+    let pages = trace.nr_pages() as f64;
+    let fastest = if budget_rounds > 0.0 { pages / budget_rounds } else { pages };
     let (mut low, mut high) = (pages_per_round, pages_per_round);
     while !enough(high) {
-        if high > 1000.0 * pages_per_round {
+        if high >= fastest {
             return None;
         }
-        (low, high) = (high, 2.0 * high);
+        (low, high) = (high, (2.0 * high).min(fastest));
     }
     while high > 1.02 * low {
         let middle = (low * high).sqrt();
@@ -215,8 +218,14 @@ mod tests {
         let hopeless = Survey::new(&trace, 1, 20.0, 50.0);
         assert_eq!(hopeless.earliest, None);
         assert_eq!(hopeless.backlogs[hopeless.stop], 80.0);
-        let link = least_link(&trace, 1, 20.0, 2.5).unwrap();
-        assert!((28.5..29.2).contains(&link), "100 pages are sent in a round and the budget: {link}");
+        for slow in [20.0, 0.001] {
+            let link = least_link(&trace, 1, slow, 2.5).unwrap();
+            assert!((28.5..29.2).contains(&link), "100 pages are sent in a round and the budget: {link}");
+        }
+        let restless = trace_of(&vec![(0..100).collect(); 60]);
+        assert_eq!(least_link(&restless, 1, 20.0, 0.0), None, "there is always something left");
+        let link = least_link(&restless, 1, 20.0, 0.1).unwrap();
+        assert!((990.0..1030.0).contains(&link), "100 pages are sent in a tenth of a round: {link}");
     }
 
     #[test]

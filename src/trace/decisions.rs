@@ -9,8 +9,6 @@
 //!
 //! Pages are those of the trace file, also when its chunks were shuffled for the replay.
 
-use std::io::{self, Write};
-
 use super::format::Run;
 use super::replay::Observer;
 use super::shuffle::Shuffle;
@@ -30,16 +28,14 @@ impl Decisions {
         Decisions { shuffle, rounds: Vec::new() }
     }
 
-    /// Writes all of it as text.
-    pub fn write(&self, stop_round: usize, into: &mut impl Write) -> io::Result<()> {
+    /// All of it.
+    pub fn text(&self, stop_round: usize) -> String {
+        let mut text = String::new();
         for (round, runs) in self.rounds.iter().filter(|(_, runs)| !runs.is_empty()) {
-            writeln!(into, "t {round}")?;
-            for run in runs {
-                writeln!(into, "s {} {}", run.first, run.count)?;
-            }
+            text += &format!("t {round}\n");
+            runs.iter().for_each(|run| text += &format!("s {} {}\n", run.first, run.count));
         }
-        writeln!(into, "stop {stop_round}")?;
-        into.flush()
+        text + &format!("stop {stop_round}\n")
     }
 }
 
@@ -63,9 +59,10 @@ mod tests {
         let mut decisions = Decisions::new(Shuffle::new(Order::Recorded, 1));
         let outcome = replay(&trace, &setting(PolicyKind::Xen, StopAt::Own), &mut decisions);
         assert_eq!((outcome.reason, outcome.converged, outcome.stop_round), (None, false, 3));
-        let mut text = Vec::new();
-        decisions.write(outcome.stop_round, &mut text).unwrap();
-        let text = String::from_utf8(text).unwrap();
-        assert_eq!(text, "t 0\ns 0 20\nt 1\ns 20 21\nt 2\ns 41 20\nstop 3\n", "20.5 pages a round");
+        assert_eq!(
+            decisions.text(outcome.stop_round),
+            "t 0\ns 0 20\nt 1\ns 20 21\nt 2\ns 41 20\nstop 3\n",
+            "20.5 pages a round"
+        );
     }
 }

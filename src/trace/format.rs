@@ -45,6 +45,16 @@ pub enum TraceError {
         /// What the call said.
         source: io::Error,
     },
+    /// A trace was written and could not be put where it belongs.
+    #[error("cannot write {}: {source}; the recording is whole, uncompressed, in {}", path.display(), kept.display())]
+    Kept {
+        /// Where it belongs.
+        path: PathBuf,
+        /// What the call said.
+        source: io::Error,
+        /// Where it is.
+        kept: PathBuf,
+    },
     /// The file is no trace, or a damaged one.
     #[error("{} is not a valid trace: {what}; record it again or get a fresh copy", path.display())]
     Malformed {
@@ -112,6 +122,12 @@ impl Trace {
             Fault::Io(source) => TraceError::Io { doing: "read", path: path.to_owned(), source },
             Fault::Malformed(what) => TraceError::Malformed { path: path.to_owned(), what },
         })
+    }
+
+    /// Whether there is a file that can be opened; what it holds is not looked at.
+    pub fn look_for(path: &Path) -> Result<(), TraceError> {
+        let failed = |source| TraceError::Io { doing: "open", path: path.to_owned(), source };
+        File::open(path).map(drop).map_err(failed)
     }
 
     /// A trace out of rounds that are known: the start of each in nanoseconds, and its pages as ascending runs.
@@ -238,6 +254,15 @@ impl Trace {
     pub fn runs(&self, round: usize) -> &[Run] {
         let start = if round == 0 { 0 } else { self.ends[round - 1] };
         &self.runs[start..self.ends[round]]
+    }
+
+    /// Rounds that were not taken in time, by the clock of those that were: `rounds() * period` is less than the time that it
+    /// took to record.
+    pub fn rounds_missed(&self) -> u64 {
+        let (Some(first), Some(last)) = (self.rounds.first(), self.rounds.last()) else { return 0 };
+        let period_ns = u64::from(self.period_us) * 1000;
+        let periods = (last.t_ns.saturating_sub(first.t_ns) + period_ns / 2) / period_ns;
+        periods.saturating_sub(self.rounds.len() as u64 - 1)
     }
 
     /// Seconds between two rounds.
@@ -401,14 +426,14 @@ mod tests {
     }
 
     fn write(path: &Path, n_chunks: usize, rounds: &[BTreeSet<u32>]) {
-        let mut writer = TraceWriter::create(path).unwrap();
+        let heading = Heading { name: "a test".to_owned(), period_us: 50_000 };
+        let mut writer = TraceWriter::create(path, &heading).unwrap();
         for (number, pages) in rounds.iter().enumerate() {
             let round = Round { t_ns: number as u64 * 50, scan_us: 7, dirty: 0, tracked_pages: 512 };
             writer.round(round, runs_of(pages.iter().copied())).unwrap();
         }
-        let heading = Heading { name: "a test".to_owned(), period_us: 50_000, start_realtime_ns: 99 };
         let va_chunks: Vec<u64> = (0..n_chunks as u64).map(|chunk| 1000 + 3 * chunk).collect();
-        writer.finish(&heading, &va_chunks).unwrap();
+        writer.finish(&va_chunks).unwrap();
     }
 
     fn pages_of(trace: &Trace, round: usize) -> BTreeSet<u32> {
@@ -479,6 +504,22 @@ mod tests {
     }
 
     #[test]
+    fn rounds_that_are_missing_are_seen_by_the_clock() {
+        let folder = folder();
+        let path = folder.path().join("t.pct");
+        for (times_ms, missed) in [(&[5, 56, 104][..], 0), (&[5, 56, 205], 2), (&[5], 0)] {
+            let heading = Heading { name: "a test".to_owned(), period_us: 50_000 };
+            let mut writer = TraceWriter::create(&path, &heading).unwrap();
+            for t_ms in times_ms {
+                let round = Round { t_ns: t_ms * 1_000_000, scan_us: 0, dirty: 0, tracked_pages: 512 };
+                writer.round(round, []).unwrap();
+            }
+            writer.finish(&[7]).unwrap();
+            assert_eq!(Trace::open(&path).unwrap().rounds_missed(), missed, "{times_ms:?}");
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_said_with_its_place() {
         let folder = folder();
         let path = folder.path().join("t.pct");
@@ -504,13 +545,5 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn a_trace_that_is_not_finished_leaves_nothing_behind() {
-        let folder = folder();
-        let path = folder.path().join("t.pct.zst");
-        drop(TraceWriter::create(&path).unwrap());
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }

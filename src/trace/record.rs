@@ -1,11 +1,11 @@
 //! Recording: a subject's dirty log, taken round by round on absolute deadlines, into a trace file.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use super::format::{Round, TraceError, runs_of};
-use super::writer::{Heading, TraceWriter};
+use super::writer::TraceWriter;
 use crate::guest::process::tracker::{Toll, Tracker};
 use crate::guest::{DirtyLog, GuestControl, GuestError};
 use crate::page::CHUNK_PAGES;
@@ -24,6 +24,20 @@ pub enum RecordError {
     /// The file.
     #[error(transparent)]
     Trace(#[from] TraceError),
+    /// It was told to end before there was anything to record.
+    #[error("interrupted before anything was recorded")]
+    Interrupted,
+    /// Something went wrong with it on the way.
+    #[error("{error}; what was recorded before is in {}", path.display())]
+    CutShort {
+        /// What went wrong.
+        error: Box<RecordError>,
+        /// Where the trace is.
+        path: PathBuf,
+    },
+    /// There can be one who tracks.
+    #[error("the target's memory is tracked by another userfaultfd already; is another pagecast at it?")]
+    Busy,
     /// There was nothing to record.
     #[error(
         "not a page of the target was found; is --min-mapping too large, or is its memory shared (then --shared) or that \
@@ -110,10 +124,8 @@ impl Subject for GuestSubject<'_> {
 }
 
 /// How to record.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// What the trace says it is of.
-    pub name: String,
     /// Between two rounds.
     pub period: Duration,
     /// From the first round to the last.
@@ -203,30 +215,41 @@ impl Spread {
     }
 }
 
-/// Records `subject` into the file at `path`. `abort` ends it early, with a complete file.
+/// Records `subject` with `writer`. `abort` ends it early, with a complete file, and so does whatever goes wrong.
 pub fn record(
     subject: &mut dyn Subject,
     settings: &Settings,
-    path: &Path,
+    mut writer: TraceWriter,
     abort: &AtomicBool,
     show: &mut dyn FnMut(&Status),
 ) -> Result<Recording, RecordError> {
-    let mut writer = TraceWriter::create(path)?;
-    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let heading = Heading {
-        name: settings.name.clone(),
-        period_us: (settings.period.as_micros() as u32).max(1),
-        start_realtime_ns: since_1970.as_nanos() as u64,
-    };
+    writer.start();
     let mut log = Log::default();
     let cpu_before = cpu::thread_cpu_time();
-    let ended = rounds(subject, settings, abort, &mut writer, &mut log, show)?;
+    let result = rounds(subject, settings, abort, &mut writer, &mut log, show)
+        .and_then(|ended| writer.flush().map(|()| ended).map_err(RecordError::from));
     log.cpu = cpu::thread_cpu_time().saturating_sub(cpu_before);
     let va_chunks = subject.va_chunks();
-    if va_chunks.is_empty() || log.rounds == 0 {
-        return Err(RecordError::Nothing);
-    }
-    writer.finish(&heading, &va_chunks)?;
+    let is_empty = va_chunks.is_empty() || writer.rounds() == 0;
+    let ended = match result {
+        Err(error) if is_empty => return Err(error),
+        Err(error) => {
+            let place = writer.path().to_owned();
+            let path = match writer.finish(&va_chunks) {
+                Ok(()) => place,
+                Err(TraceError::Kept { kept, .. }) => kept,
+                Err(failure) => return Err(failure.into()),
+            };
+            return Err(RecordError::CutShort { error: Box::new(error), path });
+        }
+        Ok(Ended::Interrupted) if is_empty => return Err(RecordError::Interrupted),
+        Ok(_) if is_empty && subject.toll().is_some_and(|toll| toll.busy_mappings > 0) => {
+            return Err(RecordError::Busy);
+        }
+        Ok(_) if is_empty => return Err(RecordError::Nothing),
+        Ok(ended) => ended,
+    };
+    writer.finish(&va_chunks)?;
     Ok(log.finish(ended, subject))
 }
 
@@ -288,12 +311,14 @@ fn rounds(
     log: &mut Log,
     show: &mut dyn FnMut(&Status),
 ) -> Result<Ended, RecordError> {
-    let last = (settings.duration.as_nanos() / settings.period.as_nanos().max(1)) as u32;
+    let period_ns = (settings.period.as_nanos() as u64).max(1);
+    let last = u64::try_from(settings.duration.as_nanos()).unwrap_or(u64::MAX) / period_ns;
     let mut dirty = PageSet::empty(0);
     let start = Instant::now();
     let mut number = 0;
     while number <= last {
-        if !await_deadline(start + settings.period * number, abort) {
+        // No recording lasts 500 years.
+        if !await_deadline(start + Duration::from_nanos(period_ns.saturating_mul(number)), abort) {
             return Ok(Ended::Interrupted);
         }
         dirty.clear();
@@ -314,8 +339,8 @@ fn rounds(
         let dirty_pages = dirty.len();
         show(&Status { elapsed: t, rounds: log.rounds, tracked_pages, dirty_pages, interval, scan });
         // The next deadline that is still to come: late rounds are left out and not made up for.
-        let next = (start.elapsed().as_nanos() / settings.period.as_nanos().max(1)) as u32 + 1;
-        log.missed += u64::from(next.min(last + 1) - number - 1);
+        let next = start.elapsed().as_nanos() as u64 / period_ns + 1;
+        log.missed += next.min(last.saturating_add(1)) - number - 1;
         number = next;
     }
     Ok(Ended::Duration)
@@ -340,6 +365,11 @@ mod tests {
     use super::*;
     use crate::page::Pfn;
     use crate::trace::format::Trace;
+    use crate::trace::writer::Heading;
+    use std::path::Path;
+
+    /// In which round a guest fails that would live longer.
+    const FAILS_AT: u64 = 120;
 
     /// Writes page `n` in round `n`, is slow in round 2, and ends after `life` rounds.
     struct Fake {
@@ -351,6 +381,9 @@ mod tests {
         fn sample(&mut self, dirty: &mut PageSet) -> Result<bool, GuestError> {
             if self.rounds == self.life {
                 return Ok(false);
+            }
+            if self.rounds == FAILS_AT {
+                return Err(GuestError::Refused("it had enough".to_owned()));
             }
             if self.rounds == 2 {
                 std::thread::sleep(Duration::from_millis(25));
@@ -374,16 +407,17 @@ mod tests {
         }
     }
 
+    fn writer(path: &Path) -> TraceWriter {
+        TraceWriter::create(path, &Heading { name: "fake".to_owned(), period_us: 10_000 }).unwrap()
+    }
+
     fn run(life: u64, duration_ms: u64, abort: bool) -> (Result<Recording, RecordError>, Option<Trace>) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("t.pct.zst");
-        let settings = Settings {
-            name: "fake".to_owned(),
-            period: Duration::from_millis(10),
-            duration: Duration::from_millis(duration_ms),
-        };
+        let settings =
+            Settings { period: Duration::from_millis(10), duration: Duration::from_millis(duration_ms) };
         let mut fake = Fake { rounds: 0, life };
-        let result = record(&mut fake, &settings, &path, &AtomicBool::new(abort), &mut |_| {});
+        let result = record(&mut fake, &settings, writer(&path), &AtomicBool::new(abort), &mut |_| {});
         (result, Trace::open(&path).ok())
     }
 
@@ -412,7 +446,22 @@ mod tests {
     #[test]
     fn a_recording_without_a_round_is_an_error_and_no_file() {
         let (recording, trace) = run(5, 1000, true);
+        assert!(matches!(recording, Err(RecordError::Interrupted)) && trace.is_none());
+        let (recording, trace) = run(0, 1000, false);
         assert!(matches!(recording, Err(RecordError::Nothing)) && trace.is_none());
+    }
+
+    #[test]
+    fn a_subject_that_fails_leaves_a_trace_of_the_rounds_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.pct.zst");
+        let (period, duration) = (Duration::from_millis(10), Duration::from_secs(1 << 33));
+        let mut fake = Fake { rounds: 0, life: FAILS_AT + 1 };
+        let (settings, abort) = (Settings { period, duration }, AtomicBool::new(false));
+        let error = record(&mut fake, &settings, writer(&path), &abort, &mut |_| {}).unwrap_err();
+        assert!(matches!(&error, RecordError::CutShort { path: kept, .. } if *kept == path), "{error}");
+        assert!(error.to_string().contains("t.pct.zst"), "{error}");
+        assert_eq!(Trace::open(&path).unwrap().rounds().len() as u64, FAILS_AT);
     }
 
     #[test]

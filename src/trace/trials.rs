@@ -105,6 +105,11 @@ impl Plan {
         self.traces.len() * self.orders.len() * self.pairs() * self.contenders.len()
     }
 
+    /// Whether each trace can be opened, before any work is done for the others.
+    pub fn look_for_traces(&self) -> Result<(), TrialError> {
+        Ok(self.traces.iter().try_for_each(|path| Trace::look_for(path))?)
+    }
+
     /// Pairs of a trace in one order.
     fn pairs(&self) -> usize {
         self.links.len() * self.budgets_s.len() * self.starts.len()
@@ -146,6 +151,10 @@ pub struct Trial {
     pub start_round: usize,
     /// Pages of the trace's id space.
     pub pages: u64,
+    /// Rounds of the trace.
+    pub rounds: usize,
+    /// Rounds that the trace lacks, by its clock.
+    pub rounds_missed: u64,
     /// The policy.
     pub contender: Contender,
     /// What a sender with foresight could have done; none if the trace ends before it.
@@ -155,9 +164,9 @@ pub struct Trial {
 }
 
 impl Trial {
-    /// Transmissions, those of the stop phase included.
+    /// Transmissions, those of the stop phase included; there is none if the migration was called off.
     pub fn transmissions(&self) -> u64 {
-        self.outcome.sent + self.outcome.backlog
+        self.outcome.sent + if self.outcome.aborted { 0 } else { self.outcome.backlog }
     }
 
     /// Transmissions for each page of the guest.
@@ -165,10 +174,11 @@ impl Trial {
         self.transmissions() as f64 / self.pages as f64
     }
 
-    /// Transmissions that a later write made useless. A run that its trace's end cut off has not sent every page yet,
-    /// but its backlog holds what is missing.
+    /// Transmissions that a later write made useless; all of them if the migration was called off. A run that its trace's end
+    /// cut off has not sent every page yet, but its backlog holds what is missing.
     pub fn pages_wasted(&self) -> u64 {
-        self.transmissions().saturating_sub(self.pages)
+        let useful = if self.outcome.aborted { 0 } else { self.pages };
+        self.transmissions().saturating_sub(useful)
     }
 
     /// Whether it stopped by itself, within the budget.
@@ -181,9 +191,10 @@ impl Trial {
         self.t_star.is_some_and(|bound| bound.total_s <= FEASIBLE_BASES * self.base_s)
     }
 
-    /// Total time over the least possible.
+    /// Total time over the least possible; none if the migration was called off.
     pub fn over_t_star(&self) -> Option<f64> {
-        self.t_star.map(|bound| self.outcome.tmt_s / bound.total_s)
+        let bound = self.t_star.filter(|_| !self.outcome.aborted);
+        bound.map(|bound| self.outcome.tmt_s / bound.total_s)
     }
 
     /// What the forecast cost for each page of a dirty set.
@@ -374,6 +385,8 @@ impl<'a> Shelf<'a> {
             budget_s: setting.budget_s,
             start_round: setting.start,
             pages: trace.nr_pages(),
+            rounds: trace.rounds().len(),
+            rounds_missed: trace.rounds_missed(),
             contender: self.plan.contenders[place.contender].clone(),
             t_star,
             outcome,

@@ -1,24 +1,47 @@
 //! Writes the trace file of [`super::format`].
 
-use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Seek, SeekFrom, Write};
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rustix::fs::{FlockOperation, flock};
 
 use super::format::{MAGIC, MAX_NAME, Round, Run, TRAILER, TraceError, VERSION};
 use crate::page::{CHUNK_PAGES, PAGE_SIZE};
+use crate::sys::output_file::OutputFile;
 
 /// Compression level of written files: within a few percent of the highest, in a tenth of its time.
 const ZSTD_LEVEL: i32 = 12;
+/// Rounds go to the file when they are so many bytes.
+const BATCH: usize = 1 << 20;
+/// Where the counts of rounds and of pages and the time of the start stand in the header.
+const COUNTS_AT: u64 = 16;
 
-/// Writes a trace as it is recorded. Rounds go to a file of the same name and `.part`; [`TraceWriter::finish`] makes the
-/// trace of it. What is not finished leaves the `.part` behind only if the process is killed.
+/// Writes a trace as it is recorded, uncompressed, to a file of the same name and `.part`, which [`TraceWriter::finish`] makes the
+/// trace of. If that fails, or the process is killed, it stays; it goes if the writer is dropped before.
 pub struct TraceWriter {
     path: PathBuf,
     part_path: PathBuf,
-    part: BufWriter<File>,
+    /// Locked.
+    part: File,
+    /// What is in the file.
+    whole: Extent,
+    /// The same before the last batch.
+    before: Extent,
+    /// Rounds that are not, and how many.
+    batch: Vec<u8>,
+    batched: u64,
+    start_realtime_ns: u64,
+    settled: bool,
+}
+
+/// Header and rounds.
+#[derive(Clone, Copy, Default)]
+struct Extent {
+    bytes: u64,
     rounds: u64,
-    payload: Vec<u8>,
-    finished: bool,
 }
 
 /// What is known of a trace before its first round.
@@ -28,105 +51,186 @@ pub struct Heading {
     pub name: String,
     /// Nominal time between two rounds, in microseconds; at least one.
     pub period_us: u32,
-    /// Wall clock at the start, in nanoseconds since 1970.
-    pub start_realtime_ns: u64,
 }
 
 impl TraceWriter {
-    /// Begins the trace that will be at `path`, compressed if the name ends in `.zst`.
-    pub fn create(path: &Path) -> Result<Self, TraceError> {
+    /// Begins the trace that will be at `path`, compressed if the name ends in `.zst`. All that can be wrong with the place is
+    /// found out now.
+    pub fn create(path: &Path, heading: &Heading) -> Result<Self, TraceError> {
+        let failed = |source| TraceError::Io { doing: "write", path: path.to_owned(), source };
+        match fs::metadata(path) {
+            Ok(there) if there.is_dir() => return Err(failed(io::ErrorKind::IsADirectory.into())),
+            Ok(there) if !there.is_file() => {
+                return Err(failed(io::Error::other("it is a device or a pipe; name a file")));
+            }
+            _ => {}
+        }
         let mut part_path = path.as_os_str().to_owned();
         part_path.push(".part");
         let part_path = PathBuf::from(part_path);
-        let file = File::options().read(true).write(true).create(true).truncate(true).open(&part_path);
-        let file =
-            file.map_err(|source| TraceError::Io { doing: "create", path: part_path.clone(), source })?;
-        let part = BufWriter::with_capacity(1 << 20, file);
-        let (rounds, payload, finished) = (0, Vec::new(), false);
-        Ok(TraceWriter { path: path.to_owned(), part_path, part, rounds, payload, finished })
+        let part = open_locked(&part_path).map_err(|source| TraceError::Io {
+            doing: "create",
+            path: part_path.clone(),
+            source,
+        })?;
+        let mut writer = TraceWriter {
+            path: path.to_owned(),
+            part_path,
+            part,
+            whole: Extent::default(),
+            before: Extent::default(),
+            batch: header(heading),
+            batched: 0,
+            start_realtime_ns: 0,
+            settled: false,
+        };
+        writer.flush()?;
+        Ok(writer)
     }
 
-    /// Adds a round: runs ascend and do not overlap. `round.dirty` is set here.
+    /// The recording starts now.
+    pub fn start(&mut self) {
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.start_realtime_ns = since_1970.as_nanos() as u64;
+    }
+
+    /// Where the trace will be.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Adds a round: runs ascend and do not overlap. `round.dirty` is set here. After an error the rounds that were written before
+    /// can still be made a trace of.
     pub fn round(&mut self, round: Round, runs: impl IntoIterator<Item = Run>) -> Result<(), TraceError> {
-        self.payload.clear();
+        let head_at = self.batch.len();
+        self.batch.resize(head_at + 24, 0);
         let (mut at, mut dirty) = (0, 0);
         for run in runs {
             debug_assert!(run.first >= at && run.count > 0, "runs ascend and are not empty");
-            push_varint(&mut self.payload, run.first - at);
-            push_varint(&mut self.payload, run.count - 1);
+            push_varint(&mut self.batch, run.first - at);
+            push_varint(&mut self.batch, run.count - 1);
             at = run.first + run.count;
             dirty += run.count;
         }
-        let mut head = [0; 24];
+        let payload_len = (self.batch.len() - head_at - 24) as u32;
+        let head = &mut self.batch[head_at..head_at + 24];
         head[..8].copy_from_slice(&round.t_ns.to_le_bytes());
-        for (place, value) in
-            [round.scan_us, dirty, round.tracked_pages, self.payload.len() as u32].iter().enumerate()
-        {
+        for (place, value) in [round.scan_us, dirty, round.tracked_pages, payload_len].iter().enumerate() {
             head[8 + 4 * place..12 + 4 * place].copy_from_slice(&value.to_le_bytes());
         }
-        self.rounds += 1;
-        let written = self.part.write_all(&head).and_then(|()| self.part.write_all(&self.payload));
-        written.map_err(|source| TraceError::Io { doing: "write", path: self.part_path.clone(), source })
+        self.batched += 1;
+        if self.batch.len() >= BATCH { self.flush() } else { Ok(()) }
     }
 
-    /// Rounds written so far.
+    /// Rounds of the trace so far; after an error, those that were written before.
     pub fn rounds(&self) -> u64 {
-        self.rounds
+        self.whole.rounds + self.batched
     }
 
     /// Completes the trace: `va_chunks` names each chunk of the id space, in the order of ids.
-    pub fn finish(mut self, heading: &Heading, va_chunks: &[u64]) -> Result<(), TraceError> {
-        let failed = |source| TraceError::Io { doing: "write", path: self.path.clone(), source };
-        let part = self.part.get_mut().try_clone();
-        self.part.flush().map_err(failed)?;
-        let mut part = part.map_err(failed)?;
-        part.seek(SeekFrom::Start(0)).map_err(failed)?;
-        let file = BufWriter::new(File::create(&self.path).map_err(failed)?);
-        let written = if self.path.extension().is_some_and(|extension| extension == "zst") {
-            zstd::Encoder::new(file, ZSTD_LEVEL).and_then(|mut encoder| {
-                write_all_parts(&mut encoder, heading, self.rounds, &mut part, va_chunks)?;
-                encoder.finish()?.flush()
-            })
+    pub fn finish(mut self, va_chunks: &[u64]) -> Result<(), TraceError> {
+        self.flush()?;
+        if let Err(error) = self.write_end(va_chunks) {
+            // There may be no room for it, and then the last batch makes some.
+            if self.before.rounds == 0 || self.part.set_len(self.before.bytes).is_err() {
+                return Err(self.failed(error));
+            }
+            self.whole = self.before;
+            self.write_end(va_chunks).map_err(|error| self.failed(error))?;
+        }
+        // From here on it is a trace, wherever it stands.
+        self.settled = true;
+        let placed = if self.path.extension().is_some_and(|extension| extension == "zst") {
+            self.compress().and_then(|()| fs::remove_file(&self.part_path))
         } else {
-            let mut file = file;
-            write_all_parts(&mut file, heading, self.rounds, &mut part, va_chunks).and_then(|()| file.flush())
+            fs::rename(&self.part_path, &self.path)
         };
-        written.map_err(failed)?;
-        self.finished = true;
-        let _ = std::fs::remove_file(&self.part_path);
+        placed.map_err(|source| TraceError::Kept {
+            path: self.path.clone(),
+            source,
+            kept: self.part_path.clone(),
+        })
+    }
+
+    /// The trailer, and what the header lacks.
+    fn write_end(&self, va_chunks: &[u64]) -> io::Result<()> {
+        let mut trailer = TRAILER.to_vec();
+        trailer.extend((va_chunks.len() as u32).to_le_bytes());
+        va_chunks.iter().for_each(|va| trailer.extend(va.to_le_bytes()));
+        let mut counts = self.whole.rounds.to_le_bytes().to_vec();
+        counts.extend(((va_chunks.len() * CHUNK_PAGES) as u64).to_le_bytes());
+        counts.extend(self.start_realtime_ns.to_le_bytes());
+        self.part.write_all_at(&trailer, self.whole.bytes)?;
+        self.part.write_all_at(&counts, COUNTS_AT)
+    }
+
+    fn compress(&self) -> io::Result<()> {
+        let file = OutputFile::create(&self.path)?;
+        let mut encoder = zstd::Encoder::new(BufWriter::new(file), ZSTD_LEVEL)?;
+        io::copy(&mut BufReader::with_capacity(BATCH, File::open(&self.part_path)?), &mut encoder)?;
+        encoder.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?.commit()
+    }
+
+    /// Writes down the rounds so far, all that are not in the file or none of them.
+    pub fn flush(&mut self) -> Result<(), TraceError> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        let written = self.part.write_all_at(&self.batch, self.whole.bytes);
+        let (bytes, rounds) = (self.batch.len() as u64, std::mem::take(&mut self.batched));
+        self.batch.clear();
+        if let Err(error) = written {
+            // What there is of it makes room for the end of the trace.
+            let _ = self.part.set_len(self.whole.bytes);
+            return Err(self.failed(error));
+        }
+        self.before = self.whole;
+        self.whole.bytes += bytes;
+        self.whole.rounds += rounds;
         Ok(())
+    }
+
+    fn failed(&self, source: io::Error) -> TraceError {
+        TraceError::Io { doing: "write", path: self.part_path.clone(), source }
     }
 }
 
 impl Drop for TraceWriter {
     fn drop(&mut self) {
-        if !self.finished {
-            let _ = std::fs::remove_file(&self.part_path);
+        if !self.settled {
+            let _ = fs::remove_file(&self.part_path);
         }
     }
 }
 
-fn write_all_parts(
-    into: &mut impl Write,
-    heading: &Heading,
-    rounds: u64,
-    part: &mut File,
-    va_chunks: &[u64],
-) -> io::Result<()> {
+/// An empty file that nobody else records into.
+fn open_locked(path: &Path) -> io::Result<File> {
+    loop {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+            io::Error::other("another recording writes to it; choose another name with --out")
+        })?;
+        // The one that had it may just have made a trace of it, or removed it.
+        let is_there =
+            fs::metadata(path).is_ok_and(|there| file.metadata().is_ok_and(|own| own.ino() == there.ino()));
+        if is_there {
+            file.set_len(0)?;
+            return Ok(file);
+        }
+    }
+}
+
+/// With 0 for what is not known yet: the counts of rounds and of pages, and the time of the start.
+fn header(heading: &Heading) -> Vec<u8> {
     let name = &heading.name.as_bytes()[..heading.name.len().min(MAX_NAME as usize)];
-    into.write_all(&MAGIC)?;
-    into.write_all(&VERSION.to_le_bytes())?;
-    into.write_all(&(PAGE_SIZE as u32).to_le_bytes())?;
-    into.write_all(&rounds.to_le_bytes())?;
-    into.write_all(&((va_chunks.len() * CHUNK_PAGES) as u64).to_le_bytes())?;
-    into.write_all(&heading.start_realtime_ns.to_le_bytes())?;
-    into.write_all(&heading.period_us.to_le_bytes())?;
-    into.write_all(&(name.len() as u32).to_le_bytes())?;
-    into.write_all(name)?;
-    io::copy(&mut BufReader::with_capacity(1 << 20, part), into)?;
-    into.write_all(&TRAILER)?;
-    into.write_all(&(va_chunks.len() as u32).to_le_bytes())?;
-    va_chunks.iter().try_for_each(|va| into.write_all(&va.to_le_bytes()))
+    let mut header = MAGIC.to_vec();
+    header.extend(VERSION.to_le_bytes());
+    header.extend((PAGE_SIZE as u32).to_le_bytes());
+    header.extend([0; 24]);
+    header.extend(heading.period_us.to_le_bytes());
+    header.extend((name.len() as u32).to_le_bytes());
+    header.extend(name);
+    header
 }
 
 fn push_varint(into: &mut Vec<u8>, mut value: u32) {
@@ -135,4 +239,78 @@ fn push_varint(into: &mut Vec<u8>, mut value: u32) {
         value >>= 7;
     }
     into.push(value as u8);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::format::Trace;
+    use super::*;
+
+    fn heading() -> Heading {
+        Heading { name: "a test".to_owned(), period_us: 50_000 }
+    }
+
+    fn add(writer: &mut TraceWriter, number: u64) -> Result<(), TraceError> {
+        let round = Round { t_ns: number, scan_us: 0, dirty: 0, tracked_pages: 512 };
+        writer.round(round, [Run { first: number as u32, count: 2 }])
+    }
+
+    #[test]
+    fn a_trace_that_cannot_be_put_where_it_belongs_is_kept_whole() {
+        for name in ["t.pct", "t.pct.zst"] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join(name);
+            let mut writer = TraceWriter::create(&path, &heading()).unwrap();
+            (0..5).for_each(|number| add(&mut writer, number).unwrap());
+            fs::create_dir(&path).unwrap();
+            let error = writer.finish(&[7]).unwrap_err();
+            let TraceError::Kept { kept, .. } = &error else { panic!("{error}") };
+            assert!(error.to_string().contains(name) && !error.to_string().contains('\n'), "{error}");
+            let trace = Trace::open(kept).unwrap();
+            assert_eq!((trace.name.as_str(), trace.rounds().len(), trace.nr_pages()), ("a test", 5, 512));
+        }
+    }
+
+    #[test]
+    fn after_a_failed_write_the_rounds_before_it_make_a_trace() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.pct");
+        let mut writer = TraceWriter::create(&path, &heading()).unwrap();
+        (0..5).for_each(|number| add(&mut writer, number).unwrap());
+        writer.flush().unwrap();
+        let whole = std::mem::replace(&mut writer.part, File::open(path.with_extension("pct.part")).unwrap());
+        add(&mut writer, 5).unwrap();
+        assert!(writer.flush().is_err(), "a file that is open to be read only");
+        writer.part = whole;
+        assert_eq!(writer.rounds(), 5);
+        writer.finish(&[7]).unwrap();
+        assert_eq!(Trace::open(&path).unwrap().rounds().len(), 5);
+    }
+
+    #[test]
+    fn what_is_there_is_replaced_by_a_whole_trace_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.pct");
+        fs::write(&path, "before").unwrap();
+        let mut writer = TraceWriter::create(&path, &heading()).unwrap();
+        add(&mut writer, 0).unwrap();
+        let second = TraceWriter::create(&path, &heading()).err().expect("only one records into a file");
+        assert!(second.to_string().contains("another recording"), "{second}");
+        drop(writer);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "before");
+        assert!(!path.with_extension("pct.part").exists());
+        let mut writer = TraceWriter::create(&path, &heading()).unwrap();
+        add(&mut writer, 0).unwrap();
+        writer.finish(&[7]).unwrap();
+        assert_eq!(Trace::open(&path).unwrap().rounds().len(), 1);
+    }
+
+    #[test]
+    fn a_place_where_no_trace_can_be_is_refused_at_the_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let refusal = |path: &Path| TraceWriter::create(path, &heading()).err().unwrap().to_string();
+        assert!(refusal(folder.path()).contains("is a directory"));
+        assert!(refusal(Path::new("/dev/null")).contains("name a file"));
+        assert!(refusal(&folder.path().join("none/t.pct")).contains("none/t.pct.part"));
+    }
 }

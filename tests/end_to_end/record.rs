@@ -8,9 +8,7 @@ use pagecast::guest::process::attach::Attachment;
 use pagecast::trace::format::Trace;
 use serde_json::Value;
 
-use crate::harness::{
-    Folder, Process, assert_sound, pagecast, run, start_guest, tracking_or_skip, wait_until,
-};
+use crate::harness::{Folder, Process, assert_sound, pagecast, run, start_guest, tracking_or_skip};
 
 /// Whether this machine lets a process be attached to; if not, says that the test is skipped and why.
 pub fn attaching_or_skip(test: &str) -> bool {
@@ -120,13 +118,20 @@ fn an_interrupted_recording_is_complete() {
     let out = folder.path("short.pct.zst");
     let mut command = pagecast();
     command
-        .args(["record", "--shared", "--duration", "1h", "--pid", &process.0.id().to_string(), "--out"])
+        .args([
+            "record",
+            "--json",
+            "--shared",
+            "--duration",
+            "1h",
+            "--pid",
+            &process.0.id().to_string(),
+            "--out",
+        ])
         .arg(&out);
-    let mut recorder = Process::start(command.stdout(Stdio::null()).stderr(Stdio::piped()));
-    let mut part = out.clone().into_os_string();
-    part.push(".part");
-    wait_until("the recording begins", || Path::new(&part).exists());
-    std::thread::sleep(Duration::from_millis(300));
+    let mut recorder = Process::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    // After the first round.
+    recorder.first_line();
     recorder.interrupt();
     assert_eq!(recorder.end().0, Some(0));
     assert!(!Trace::open(&out).expect("a valid trace").rounds().is_empty());
@@ -171,5 +176,15 @@ fn what_cannot_be_recorded_says_why_in_one_line() {
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
         assert!(said.contains(says) && said.trim_end().lines().count() == 1, "{arguments:?}: {said}");
     }
-    assert!(!Path::new(out).exists());
+    // A place where nothing can be written is found out before a command is started for it.
+    let (started, folders) = (folder.path("started"), folder.path(""));
+    for (out, says) in [("none/t.pct", "none/t.pct.part"), ("", "is a directory")] {
+        let (out, started) = (folders.join(out), started.to_str().expect("UTF-8"));
+        let output = run(&["record", "--out", out.to_str().expect("UTF-8"), "--", "touch", started]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(says) && said.trim_end().lines().count() == 1, "{said}");
+    }
+    let left = std::fs::read_dir(&folders).expect("the folder is there").count();
+    assert_eq!(left, 0, "no trace, no part of one, and nothing of the commands");
 }

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use pagecast::trace::format::{Round, Run, runs_of};
 use pagecast::trace::writer::{Heading, TraceWriter};
 use serde_json::Value;
 
-use crate::harness::{Folder, run};
+use crate::harness::{Folder, pagecast, run};
 
 /// 106,496 pages, 1000 rounds of 50 ms.
 fn recorded() -> PathBuf {
@@ -19,7 +19,8 @@ fn recorded() -> PathBuf {
 /// Four chunks, 300 rounds of 10 ms, uncompressed: a hot chunk, a sweep, and a page now and then.
 fn made(folder: &Folder) -> PathBuf {
     let path = folder.path("made.pct");
-    let mut writer = TraceWriter::create(&path).expect("a fresh folder can be written to");
+    let heading = Heading { name: "made".to_owned(), period_us: 10_000 };
+    let mut writer = TraceWriter::create(&path, &heading).expect("a fresh folder can be written to");
     for number in 0..300u32 {
         let mut pages: BTreeSet<u32> = (0..100).map(|page| 512 + (page * 7 + number * 13) % 512).collect();
         pages.extend((0..20).map(|page| 1024 + (number * 20 + page) % 1024));
@@ -28,8 +29,7 @@ fn made(folder: &Folder) -> PathBuf {
         let round = Round { t_ns: u64::from(number) * 10_000_000, scan_us: 0, dirty: 0, tracked_pages: 2048 };
         writer.round(round, runs).expect("a round can be written");
     }
-    let heading = Heading { name: "made".to_owned(), period_us: 10_000, start_realtime_ns: 0 };
-    writer.finish(&heading, &[5, 9, 7, 3]).expect("a trace can be finished");
+    writer.finish(&[5, 9, 7, 3]).expect("a trace can be finished");
     path
 }
 
@@ -280,6 +280,43 @@ fn what_cannot_be_replayed_is_said_in_one_line() {
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(exit), "{arguments:?}: {said}");
         assert!(said.contains(says) && said.trim_end().lines().count() == 1, "{arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn files_stay_as_they_are_until_there_is_something_to_write() {
+    let folder = Folder::new();
+    let (made, decisions) = (made(&folder), folder.path("d.txt"));
+    let (made, decisions) = (path_text(&made), path_text(&decisions));
+    let whole = std::fs::read(made).expect("it was made");
+    std::fs::write(decisions, "before").expect("a fresh folder can be written to");
+    let one = ["--policy", "ar", "--base", "1s", "--starts", "1/8"];
+    for (arguments, exit, says) in [
+        (["replay", "/nowhere.pct", "--decisions", decisions], 1, "/nowhere.pct"),
+        (["replay", made, "--decisions", made], 2, "would be overwritten"),
+        (["replay", made, "--plot", "/nowhere/p.svg"], 1, "/nowhere/p.svg"),
+    ] {
+        let output = run(&[&arguments[..], &one[..]].concat());
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(exit), "{arguments:?}: {said}");
+        assert!(said.contains(says) && output.stdout.is_empty(), "{arguments:?}: {said}");
+    }
+    assert_eq!(std::fs::read(made).expect("it is still there"), whole);
+    assert_eq!(std::fs::read_to_string(decisions).expect("it is still there"), "before");
+}
+
+#[test]
+fn what_cannot_be_written_down_is_no_success() {
+    let folder = Folder::new();
+    let made = made(&folder);
+    for command in ["replay", "bound"] {
+        let full = std::fs::File::options().write(true).open("/dev/full").expect("it is always full");
+        let mut process = pagecast();
+        process.args([command, path_text(&made)]).stdout(full);
+        let output = process.stderr(Stdio::piped()).output().expect("the program can be started");
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("cannot write to standard output"), "{said}");
     }
 }
 

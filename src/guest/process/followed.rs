@@ -217,8 +217,9 @@ fn register(uffd: &Userfaultfd, area: Area, toll: &mut Toll) -> Tracked {
         match uffd.register_in_target(piece.clone()) {
             Ok(()) => parts.push(part(piece)),
             Err(NotRegistered::Gone) => {}
-            Err(NotRegistered::Busy | NotRegistered::Unsuitable) => {
+            Err(refusal) => {
                 toll.skipped_mappings += 1;
+                toll.busy_mappings += u64::from(matches!(refusal, NotRegistered::Busy));
                 whole = false;
             }
         }

@@ -57,6 +57,8 @@ pub struct Toll {
     pub not_attached: u64,
     /// Mappings that could not be tracked.
     pub skipped_mappings: u64,
+    /// Those of them that another userfaultfd has hold of.
+    pub busy_mappings: u64,
     /// Minor faults of the processes since they were attached to: those for the tracking and their own.
     pub minor_faults: u64,
     /// CPU time of the processes since then.

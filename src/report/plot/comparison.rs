@@ -34,7 +34,7 @@ pub fn comparison(trials: &[&Trial], summaries: &[Summary]) -> Result<Figure, Pl
         trials.iter().filter_map(dot).collect()
     };
     let over = dots(&|trial| trial.feasible().then(|| trial.over_t_star()).flatten());
-    let rho = dots(&|trial| Some(trial.rho()));
+    let rho = dots(&|trial| (!trial.outcome.aborted).then(|| trial.rho()));
     let names: Vec<&str> = summaries.iter().map(|summary| summary.policy.as_str()).collect();
     let means = |of: fn(&Summary) -> Option<f64>| summaries.iter().map(of).collect::<Vec<_>>();
     let feasible = summaries.first().map_or(0, |summary| summary.feasible.pairs);

@@ -12,7 +12,6 @@ pub use comparison::comparison;
 pub use heat_map::heat_map;
 pub use over_time::over_time;
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use plotters::coord::Shift;
@@ -22,14 +21,6 @@ use plotters::prelude::*;
 /// Why there is no picture.
 #[derive(Debug, thiserror::Error)]
 pub enum PlotError {
-    /// The file cannot be written.
-    #[error("cannot write {}: {source}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the call said.
-        source: io::Error,
-    },
     /// The name says nothing about the format.
     #[error("cannot tell the format of {}; give a name that ends in .svg or .html", path.display())]
     Format {
@@ -88,15 +79,13 @@ impl Figure {
         }
     }
 
-    /// Writes the picture, as SVG or within a page by the name's extension.
-    pub fn save(&self, path: &Path) -> Result<(), PlotError> {
-        Self::check_name(path)?;
-        let text = if path.extension().is_some_and(|extension| extension == "html") {
+    /// As SVG, or within a page, by the extension of the name under which it will be.
+    pub fn text(&self, path: &Path) -> String {
+        if path.extension().is_some_and(|extension| extension == "html") {
             self.page()
         } else {
             self.svg.clone()
-        };
-        std::fs::write(path, text).map_err(|source| PlotError::Io { path: path.to_owned(), source })
+        }
     }
 
     fn page(&self) -> String {
@@ -127,13 +116,8 @@ mod tests {
     fn a_page_carries_the_picture_and_its_facts_and_escapes_names() {
         let facts = vec![("trace".to_owned(), "<b>&".to_owned())];
         let figure = Figure::draw("a < b".to_owned(), (100, 60), facts, |_| Ok(())).unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let (svg, html) = (folder.path().join("a.svg"), folder.path().join("a.html"));
-        figure.save(&svg).unwrap();
-        figure.save(&html).unwrap();
-        let svg = std::fs::read_to_string(svg).unwrap();
+        let (svg, html) = (figure.text(Path::new("a.svg")), figure.text(Path::new("a.html")));
         assert!(svg.starts_with("<svg") && svg.contains("a &lt; b"), "{svg}");
-        let html = std::fs::read_to_string(html).unwrap();
         assert!(html.contains(&svg) && html.contains("&lt;b&gt;&amp;") && html.contains("<title>a &lt; b"));
     }
 

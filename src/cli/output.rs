@@ -1,0 +1,66 @@
+//! Files that a subcommand was told to write, and what has to be said of those that it read.
+
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::Failure;
+use crate::report::plot::{Figure, PlotError};
+use crate::sys::console;
+use crate::sys::output_file::OutputFile;
+
+/// A trace that lacks one round in so many is too fast to be passed over in silence.
+const NOTABLE: u64 = 100;
+
+/// A file to be written at the end. Whether it can be is found out at the start.
+pub struct Output {
+    path: PathBuf,
+    file: OutputFile,
+}
+
+impl Output {
+    /// Of the file at `path`, which is left as it is until there is something to write, and which is none of `read`.
+    pub fn create(path: &Path, read: &[PathBuf]) -> Result<Self, Failure> {
+        let place = |path: &Path| std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+        if place(path).is_some_and(|there| read.iter().any(|read| place(read) == Some(there))) {
+            return Err(Failure::usage(format!(
+                "{} is to be read and would be overwritten; choose another name",
+                path.display()
+            )));
+        }
+        let file = OutputFile::create(path).map_err(|error| cannot_write(path, &error))?;
+        Ok(Output { path: path.to_owned(), file })
+    }
+
+    /// Of a picture.
+    pub fn picture(path: &Path) -> Result<Self, Failure> {
+        Figure::check_name(path).map_err(Failure::usage)?;
+        Output::create(path, &[])
+    }
+
+    /// Writes it.
+    pub fn write(self, text: &[u8]) -> Result<(), Failure> {
+        let Output { path, mut file } = self;
+        file.write_all(text).and_then(|()| file.commit()).map_err(|error| cannot_write(&path, &error))
+    }
+
+    /// Writes the picture.
+    pub fn draw(self, figure: Result<Figure, PlotError>) -> Result<(), Failure> {
+        let text = figure.map_err(Failure::failed)?.text(&self.path);
+        self.write(text.as_bytes())
+    }
+}
+
+fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::failed(format!("cannot write {}: {error}; is the folder there and writable?", path.display()))
+}
+
+/// Says that a replay of a trace is faster than what was recorded, if it lacks rounds.
+pub fn warn_of_missed_rounds(trace: &str, missed: u64, rounds: usize) {
+    if missed * NOTABLE > rounds as u64 {
+        console::complain(format_args!(
+            "pagecast: {trace}: {missed} rounds are missing between the {rounds} that there are, and are left out: in less time the \
+             guest writes as much; record with a longer --period"
+        ));
+    }
+}
