@@ -77,6 +77,23 @@ fn what_cannot_be_reached_is_named() {
 }
 
 #[test]
+fn a_file_where_the_socket_is_to_be_is_refused_and_left_as_it_is() {
+    let folder = Folder::new();
+    let file = folder.path("notes");
+    std::fs::write(&file, "of some worth").expect("a fresh folder");
+    let link = folder.path("link");
+    std::os::unix::fs::symlink(&file, &link).expect("a fresh folder");
+    for taken in [&file, &link, &folder.0] {
+        let path = taken.to_str().expect("a plain path");
+        let says = format!(
+            "cannot listen on {path}: it exists and is not a socket; choose another path with --socket"
+        );
+        refused(&["guest", "--memory=4MiB", "--socket", path], 1, &says);
+    }
+    assert_eq!(std::fs::read_to_string(&link).expect("link and file are there"), "of some worth");
+}
+
+#[test]
 fn garbage_sent_to_a_receiver_is_refused_in_one_line() {
     let oversized = [&b"PCS1"[..], &u32::MAX.to_le_bytes()].concat();
     let wrong = [&b"PCS1"[..], &[2, 0, 0, 0], b"{}"].concat();

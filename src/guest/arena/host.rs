@@ -1,6 +1,8 @@
 //! The process around an arena guest: its control socket, its dirty log, and the two ends of a hand-over.
 
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -60,19 +62,23 @@ pub struct ControlSocket {
 }
 
 impl ControlSocket {
-    /// Binds `path`; a socket there that nobody listens on any more is replaced.
+    /// Binds `path`; a socket there that nobody listens on any more is replaced, and nothing else is.
     pub fn bind(path: &Path) -> Result<Self, HostError> {
-        let failed = |error: rustix::io::Errno| HostError::Socket {
-            path: path.display().to_string(),
-            source: error.into(),
-        };
+        let unusable = |source| HostError::Socket { path: path.display().to_string(), source };
+        let failed = |error: Errno| unusable(error.into());
         let new = || socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
         let address = SocketAddrUnix::new(path).map_err(failed)?;
         let socket = new().map_err(failed)?;
         match bind(&socket, &address) {
+            // A connection to any other kind of file is refused just as one to a socket without a listener.
+            Err(Errno::ADDRINUSE) if !is_socket(path).map_err(unusable)? => {
+                return Err(unusable(io::Error::new(
+                    ErrorKind::AlreadyExists,
+                    "it exists and is not a socket",
+                )));
+            }
             Err(Errno::ADDRINUSE) if connect(new().map_err(failed)?, &address) == Err(Errno::CONNREFUSED) => {
-                std::fs::remove_file(path)
-                    .map_err(|source| HostError::Socket { path: path.display().to_string(), source })?;
+                std::fs::remove_file(path).map_err(unusable)?;
                 bind(&socket, &address).map_err(failed)?;
             }
             other => other.map_err(failed)?,
@@ -85,6 +91,11 @@ impl Drop for ControlSocket {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
     }
+}
+
+/// Whether `path` itself, and not what it may be a link to, is a socket.
+fn is_socket(path: &Path) -> io::Result<bool> {
+    Ok(std::fs::symlink_metadata(path)?.file_type().is_socket())
 }
 
 /// Who may tell the guest what to do. A connection that starts the dirty log, slows the guest down or suspends it takes it; others
