@@ -93,6 +93,10 @@ pub trait MovableGuest: GuestControl {
     fn can_move(&self) -> bool {
         true
     }
+    /// Errs if somebody else is migrating the guest; from here on nobody else can, until it is resumed or this control ends.
+    fn claim(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
     /// Gives the suspended guest away over `connection`, on which the destination is ready.
     fn hand_over(
         &mut self,

@@ -43,11 +43,12 @@ pub fn migrate<G: MovableGuest + ?Sized>(
         // Changes nothing, and shows whether it can be done.
         guest.throttle(0).map_err(|source| at(Phase::Prepare, source))?;
     }
-    let migration = session::new_migration()
-        .map_err(|error| MigrationError::Setup(format!("no random numbers: {error}")))?;
-    let connections = connect(guest, settings, destination, &migration, abort)?;
-    let outlets: Vec<_> = connections.iter().cloned().map(Outlet::Socket).collect();
-    let mut lanes = Lanes::start(guest, settings, &outlets, Wire::Pagecast)?;
+    // Before the destination hears of it: it may be waiting for somebody who can have the guest.
+    guest.claim().map_err(|source| at(Phase::Prepare, source))?;
+    let prepared = prepare(guest, settings, destination, abort);
+    let Prepared { migration, connections, mut lanes } = prepared.inspect_err(|_| {
+        let _ = guest.resume();
+    })?;
     let prepare = begun.elapsed();
 
     let control_cpu = cpu::thread_cpu_time();
@@ -63,6 +64,28 @@ pub fn migrate<G: MovableGuest + ?Sized>(
         }
         Err(error) => Err(run.call_off(&mut lanes, error)),
     }
+}
+
+/// A migration that can begin.
+struct Prepared {
+    /// Its identity.
+    migration: String,
+    connections: Vec<Arc<TcpStream>>,
+    lanes: Lanes,
+}
+
+fn prepare<G: MovableGuest + ?Sized>(
+    guest: &mut G,
+    settings: &Settings,
+    destination: &str,
+    abort: &AtomicBool,
+) -> Result<Prepared, MigrationError> {
+    let migration = session::new_migration()
+        .map_err(|error| MigrationError::Setup(format!("no random numbers: {error}")))?;
+    let connections = connect(guest, settings, destination, &migration, abort)?;
+    let outlets: Vec<_> = connections.iter().cloned().map(Outlet::Socket).collect();
+    let lanes = Lanes::start(guest, settings, &outlets, Wire::Pagecast)?;
+    Ok(Prepared { migration, connections, lanes })
 }
 
 /// Connects all lanes and introduces them.

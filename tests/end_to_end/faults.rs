@@ -1,12 +1,13 @@
 //! Something dies at a random moment; the guest always runs on in exactly one place, and every page of it is whole.
 
+use std::io::ErrorKind;
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pagecast::guest::GuestControl;
 use pagecast::guest::arena::client::ArenaGuest;
+use pagecast::guest::{GuestControl, MovableGuest};
 
 use crate::harness::{
     Folder, Process, assert_sound, runs_at, start_guest, start_receiver, start_send,
@@ -167,7 +168,8 @@ fn a_second_migrator_is_refused_and_disturbs_nothing() {
     let folder = Folder::new();
     let (_process, guest) = start_guest(&folder.path("home"), &GUEST);
     let (_first_receiver, first_address) = start_receiver(&folder.path("away"), &["--die-with-parent"]);
-    let (_second_receiver, second_address) = start_receiver(&folder.path("other"), &["--die-with-parent"]);
+    let unwanted = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let second_address = unwanted.local_addr().expect("it is bound").to_string();
     let slow = ["--bandwidth=20MB", "--budget=20ms", "--verify"];
     let (mut first, progress) = start_send_with_progress(&folder.path("home"), &first_address, &slow);
     assert!(progress.contains("precopy"), "{progress}");
@@ -177,11 +179,33 @@ fn a_second_migrator_is_refused_and_disturbs_nothing() {
     let (code, said) = start_send(&folder.path("home"), &second_address, &[]).end();
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("another migration of this guest is under way"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    unwanted.set_nonblocking(true).expect("a listener");
+    assert_eq!(unwanted.accept().map(drop).map_err(|error| error.kind()), Err(ErrorKind::WouldBlock));
     drop(guest);
     let (code, said) = first.end();
     assert_eq!(code, Some(0), "{said}");
     assert_sound(&ArenaGuest::connect(&folder.path("away")).expect("the guest answers"));
-    assert!(!runs_at(&folder.path("other")));
+}
+
+#[test]
+fn a_guest_whose_migration_came_to_nothing_is_free_for_the_next() {
+    if !tracking_or_skip("a_guest_whose_migration_came_to_nothing_is_free_for_the_next") {
+        return;
+    }
+    let folder = Folder::new();
+    let (_process, mut guest) = start_guest(&folder.path("home"), &GUEST);
+    let mut other = ArenaGuest::connect(&folder.path("home")).expect("the guest answers");
+    guest.claim().expect("it is free");
+    assert!(other.claim().is_err());
+    guest.resume().expect("it is ours");
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let nobody = listener.local_addr().expect("it is bound").to_string();
+    drop(listener);
+    let (code, said) = start_send(&folder.path("home"), &nobody, &[]).end();
+    assert_eq!(code, Some(1), "{said}");
+    wait_until("the guest is free", || other.claim().is_ok());
+    assert_sound(&guest);
 }
 
 #[test]

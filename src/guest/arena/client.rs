@@ -204,6 +204,10 @@ impl GuestControl for ArenaGuest {
 }
 
 impl MovableGuest for ArenaGuest {
+    fn claim(&mut self) -> Result<(), GuestError> {
+        self.expect_done(&Request::Claim)
+    }
+
     fn hand_over(
         &mut self,
         connection: OwnedFd,

@@ -98,8 +98,8 @@ fn is_socket(path: &Path) -> io::Result<bool> {
     Ok(std::fs::symlink_metadata(path)?.file_type().is_socket())
 }
 
-/// Who may tell the guest what to do. A connection that starts the dirty log, slows the guest down or suspends it takes it; others
-/// may only look on until that connection has put everything back, or has gone.
+/// Who may tell the guest what to do. A connection that claims it, starts the dirty log, slows the guest down or suspends it
+/// takes it; others may only look on until that connection has put everything back, or has gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Tenure {
     /// Nobody; the guest runs.
@@ -306,6 +306,7 @@ impl Connection<'_> {
     fn perform(&self, request: Request, descriptors: Vec<OwnedFd>) -> Result<Answer, String> {
         let stopped = |error: Stopped| error.to_string();
         match request {
+            Request::Claim => drop(self.lease()?),
             Request::LogDirty { on } => {
                 let _tenure = self.lease()?;
                 self.host.set_log_dirty(on)?;

@@ -15,6 +15,8 @@ use super::{CheckReport, Stats};
 pub enum Request {
     /// Who are you? The answer comes with the guest's memory and page map.
     Hello,
+    /// Let nobody else migrate the guest until this connection resumes it or ends.
+    Claim,
     /// Start or end dirty logging.
     LogDirty {
         /// Start or end.
