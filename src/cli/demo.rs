@@ -27,6 +27,9 @@ const LINK: &str = "2.5Gbit";
 /// How long a guest may take to start.
 const START: Duration = Duration::from_secs(120);
 
+/// What an interrupted demonstration says while its guest is where it was started.
+const BEFORE: &str = "interrupted before the migration";
+
 #[derive(Args)]
 #[command(mut_arg("bandwidth", |option| option.default_value(LINK)))]
 pub struct DemoArguments {
@@ -154,12 +157,12 @@ fn one(
     let mut command = pagecast("guest")?;
     command.args(arguments.guest.to_args()).arg("--socket").arg(&source).stdout(Stdio::null());
     let mut guest_process = Process::start(&mut command)?;
-    let mut guest = wait_for_guest(&source, &mut guest_process)?;
+    let mut guest = wait_for_guest(&source, &mut guest_process, abort)?;
     let (receiver, address) = start_receiver(&destination, capture)?;
 
-    sleep(arguments.warm_up / 4, abort)?;
+    sleep(arguments.warm_up / 4, abort, BEFORE)?;
     let (early, _) = guest.stats().map_err(Failure::failed)?;
-    sleep(arguments.warm_up * 3 / 4, abort)?;
+    sleep(arguments.warm_up * 3 / 4, abort, BEFORE)?;
     let (before, _) = guest.stats().map_err(Failure::failed)?;
     let time = before.guest_time.saturating_sub(early.guest_time).as_secs_f64();
     let writes_per_s_before =
@@ -173,7 +176,7 @@ fn one(
 
     let moved = ArenaGuest::connect_within(&destination, START).map_err(Failure::failed)?;
     let (arrived, _) = moved.stats().map_err(Failure::failed)?;
-    sleep(arguments.run_on, &AtomicBool::new(false))?;
+    sleep(arguments.run_on, abort, "interrupted after the migration; the guest ran on at the destination")?;
     let check = moved.check().map_err(Failure::failed)?;
     let (after, running) = moved.stats().map_err(Failure::failed)?;
     if !running || !check.complete || after.writes <= arrived.writes {
@@ -197,7 +200,7 @@ fn one(
 }
 
 /// Connects to a guest as soon as it is there, or says why it will not be.
-fn wait_for_guest(socket: &Path, process: &mut Process) -> Result<ArenaGuest, Failure> {
+fn wait_for_guest(socket: &Path, process: &mut Process, abort: &AtomicBool) -> Result<ArenaGuest, Failure> {
     let since = Instant::now();
     loop {
         match ArenaGuest::connect(socket) {
@@ -208,18 +211,16 @@ fn wait_for_guest(socket: &Path, process: &mut Process) -> Result<ArenaGuest, Fa
         if let Ok(Some(_)) = process.0.try_wait() {
             return Err(Failure::failed("the guest ended before it could be migrated"));
         }
-        std::thread::sleep(Duration::from_millis(10));
+        sleep(Duration::from_millis(10), abort, BEFORE)?;
     }
 }
 
-fn sleep(time: Duration, abort: &AtomicBool) -> Result<(), Failure> {
+/// Errs with `interrupted` as soon as `abort` is set.
+fn sleep(time: Duration, abort: &AtomicBool, interrupted: &str) -> Result<(), Failure> {
     let since = Instant::now();
     while since.elapsed() < time {
         if abort.load(Ordering::Acquire) {
-            return Err(Failure {
-                exit: Exit::Aborted,
-                message: "interrupted before the migration".to_owned(),
-            });
+            return Err(Failure { exit: Exit::Aborted, message: interrupted.to_owned() });
         }
         std::thread::sleep(Duration::from_millis(20).min(time.saturating_sub(since.elapsed())));
     }

@@ -2,6 +2,7 @@
 
 mod capture;
 mod convergence;
+mod demo;
 mod faults;
 mod harness;
 mod input;
