@@ -5,11 +5,29 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard};
 
 use super::Failure;
 
-/// A folder for sockets that only this user can look into, and that goes when it is dropped.
+/// A folder for sockets that only this user can look into, and that goes when it is dropped, or when the process is
+/// interrupted again.
 pub struct Folder(pub PathBuf);
+
+/// The folders that there are.
+static FOLDERS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn folders() -> MutexGuard<'static, Vec<PathBuf>> {
+    FOLDERS.lock().expect("nobody panics with the folders in hand")
+}
+
+/// Removes all folders and then does what is to be done before another can be made.
+pub fn remove_folders(then: impl FnOnce()) {
+    let mut folders = folders();
+    for folder in folders.drain(..) {
+        let _ = std::fs::remove_dir_all(folder);
+    }
+    then();
+}
 
 impl Folder {
     /// Makes one.
@@ -22,13 +40,17 @@ impl Folder {
         };
         let name = crate::transport::session::new_migration().map_err(|error| failed(&error))?;
         let path = std::env::temp_dir().join(format!("pagecast-{}", &name[..12]));
+        let mut folders = folders();
         std::fs::DirBuilder::new().mode(0o700).create(&path).map_err(|error| failed(&error))?;
+        folders.push(path.clone());
         Ok(Folder(path))
     }
 }
 
 impl Drop for Folder {
     fn drop(&mut self) {
+        let mut folders = folders();
+        folders.retain(|folder| folder != &self.0);
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }

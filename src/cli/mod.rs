@@ -22,6 +22,7 @@ pub mod units;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 
@@ -169,13 +170,41 @@ fn usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(Exit::Usage as u8)
 }
 
-/// A flag that Ctrl-C and SIGTERM set. The second one ends the process on the spot.
+/// How long after the first signal another is taken for the same one: many who start a program signal it and its group.
+const ECHO: Duration = Duration::from_millis(100);
+
+/// What a signal asks for after those that came before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    ToEnd,
+    Nothing,
+    ToEndAtOnce,
+}
+
+/// What a signal that comes `now` asks for; `first` is when the first one came.
+fn asked(first: &mut Option<Instant>, now: Instant) -> Asked {
+    match first {
+        None => {
+            *first = Some(now);
+            Asked::ToEnd
+        }
+        Some(first) if now.saturating_duration_since(*first) < ECHO => Asked::Nothing,
+        Some(_) => Asked::ToEndAtOnce,
+    }
+}
+
+/// A flag that Ctrl-C and SIGTERM set. Another one, later, ends the process on the spot, with nothing left in the file system.
 fn interrupted() -> Result<Arc<AtomicBool>, Failure> {
     let flag = Arc::new(AtomicBool::new(false));
     let set = flag.clone();
-    ctrlc::set_handler(move || {
-        if set.swap(true, Ordering::SeqCst) {
-            std::process::exit(Exit::Aborted as i32);
+    let mut first = None;
+    // Called by an ordinary thread.
+    ctrlc::set_handler(move || match asked(&mut first, Instant::now()) {
+        Asked::ToEnd => set.store(true, Ordering::SeqCst),
+        Asked::Nothing => {}
+        Asked::ToEndAtOnce => {
+            console::complain(format_args!("pagecast: interrupted again: ends at once"));
+            children::remove_folders(|| std::process::exit(Exit::Aborted as i32));
         }
     })
     .map_err(|error| Failure::failed(format!("cannot watch for Ctrl-C: {error}")))?;
@@ -191,4 +220,19 @@ fn die_with_parent() -> Result<(), Failure> {
         return Err(Failure::failed("the process that started this one has gone"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_that_comes_twice_at_a_time_is_one_and_a_later_one_is_another() {
+        let (mut first, start) = (None, Instant::now());
+        let mut after = |ms| asked(&mut first, start + Duration::from_millis(ms));
+        assert_eq!(after(0), Asked::ToEnd);
+        assert_eq!(after(0), Asked::Nothing);
+        assert_eq!(after(99), Asked::Nothing);
+        assert_eq!(after(100), Asked::ToEndAtOnce);
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::time::Duration;
 
 use crate::harness::{Folder, Process, pagecast, runs_at, tracking_or_skip, wait_until};
 
@@ -24,6 +25,35 @@ fn socket(folder: &Folder, end: &str) -> Option<PathBuf> {
 fn assert_empty(folder: &Folder) {
     let left: Vec<_> = std::fs::read_dir(&folder.0).expect("it is there").flatten().collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// Processes that `process` has started.
+fn children(process: &Process) -> Vec<i32> {
+    let id = process.0.id();
+    let listed = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).expect("it runs");
+    listed.split_whitespace().map(|child| child.parse().expect("a number")).collect()
+}
+
+#[test]
+fn a_second_ctrl_c_ends_a_demonstration_that_is_stuck_and_leaves_nothing() {
+    if !tracking_or_skip("a_second_ctrl_c_ends_a_demonstration_that_is_stuck_and_leaves_nothing") {
+        return;
+    }
+    let folder = Folder::new();
+    let mut demo = start_demo(&folder, &["--warm-up=2s"]);
+    wait_until("the guest runs", || socket(&folder, "source").is_some_and(|socket| runs_at(&socket)));
+    for child in children(&demo) {
+        let child = rustix::process::Pid::from_raw(child).expect("a number of a process");
+        rustix::process::kill_process(child, rustix::process::Signal::STOP).expect("it runs");
+    }
+    // By then it waits for an answer of its guest's and looks at nothing else.
+    std::thread::sleep(Duration::from_secs(3));
+    demo.interrupt();
+    std::thread::sleep(Duration::from_millis(500));
+    demo.interrupt();
+    let (code, said) = demo.end();
+    assert_eq!((code, said.trim_end()), (Some(3), "pagecast: interrupted again: ends at once"));
+    assert_empty(&folder);
 }
 
 #[test]
