@@ -74,17 +74,19 @@ impl DemoArguments {
 
 pub fn run(arguments: &DemoArguments) -> Result<Exit, Failure> {
     arguments.guest.nr_pages().map_err(Failure::usage)?;
+    let migration = &arguments.migration;
+    let settings = |policy| migration.settings(policy, !arguments.no_verify).map_err(Failure::usage);
+    let settings = arguments.policies().into_iter().map(settings).collect::<Result<Vec<_>, _>>()?;
+    migration.check_capture(arguments.capture.as_deref())?;
     let abort = interrupted()?;
     let mut reports = Vec::new();
-    let policies = arguments.policies();
-    for (index, policy) in policies.iter().enumerate() {
-        let settings = arguments.migration.settings(*policy, !arguments.no_verify).map_err(Failure::usage)?;
+    for (index, settings) in settings.iter().enumerate() {
         // The captured stream is that of the first policy.
         let capture = arguments.capture.as_deref().filter(|_| index == 0);
         if !arguments.output.json {
-            introduce(arguments, &settings, index == 0);
+            introduce(arguments, settings, index == 0);
         }
-        let report = one(arguments, &settings, capture, &abort)?;
+        let report = one(arguments, settings, capture, &abort)?;
         if arguments.output.json {
             console::say(format_args!("{}", json::report(&report)));
         } else if index == 0 || report.guest.is_some_and(|guest| guest.errors > 0) {

@@ -1,10 +1,12 @@
 //! Options that several subcommands share. They keep their names everywhere.
 
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
 
-use super::units;
+use super::{Failure, units};
+use crate::destination::lane::Capture;
 use crate::forecast::{OnNoConvergence, PolicyKind};
 use crate::guest::arena::{Spec, Workload};
 use crate::guest::process::areas::Wanted;
@@ -137,6 +139,15 @@ fn congestion(name: &str) -> Result<String, String> {
 }
 
 impl MigrationOptions {
+    /// Errs if what is to be captured cannot be.
+    pub fn check_capture(&self, capture: Option<&Path>) -> Result<(), Failure> {
+        let Some(capture) = capture else { return Ok(()) };
+        if self.lanes > 1 {
+            return Err(Failure::usage("--capture takes the stream of one lane; leave out --lanes"));
+        }
+        Capture::open(capture).map(drop).map_err(Failure::failed)
+    }
+
     /// As the pipeline wants it.
     pub fn settings(&self, policy: PolicyKind, verify: bool) -> Result<Settings, String> {
         let cores =

@@ -16,11 +16,18 @@ use crate::sys::socket;
 pub struct Capture(BufWriter<File>);
 
 impl Capture {
-    /// Creates the file.
-    pub fn create(path: &Path) -> Result<Self, ReceiveError> {
-        let file = File::create(path);
+    /// Opens the file, which is made if there is none. What is in it stays until a stream [begins](Self::begin).
+    pub fn open(path: &Path) -> Result<Self, ReceiveError> {
+        let file = File::options().write(true).create(true).truncate(false).open(path);
         let failed = |source| ReceiveError::Capture { path: path.display().to_string(), source };
         file.map(BufWriter::new).map(Capture).map_err(failed)
+    }
+
+    /// Empties the file.
+    fn begin(&mut self) -> io::Result<()> {
+        let file = self.0.get_ref();
+        // A pipe or a device has no length.
+        if file.metadata()?.is_file() { file.set_len(0) } else { Ok(()) }
     }
 }
 
@@ -31,9 +38,10 @@ pub struct Input {
 }
 
 impl Input {
-    /// Reads from `connection` and writes all of it to `capture`.
-    pub fn new(connection: TcpStream, capture: Option<Capture>) -> Self {
-        Input { connection, capture }
+    /// Reads from `connection` and writes all of it to `capture`, in place of what was there.
+    pub fn new(connection: TcpStream, mut capture: Option<Capture>) -> io::Result<Self> {
+        capture.as_mut().map_or(Ok(()), Capture::begin)?;
+        Ok(Input { connection, capture })
     }
 }
 

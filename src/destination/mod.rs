@@ -51,7 +51,7 @@ pub enum ReceiveError {
         reason: String,
     },
     /// The captured stream cannot be written.
-    #[error("cannot write the captured stream {path}: {source}")]
+    #[error("cannot write the captured stream {path}: {source}; choose another file with --capture")]
     Capture {
         /// The file.
         path: String,

@@ -60,6 +60,7 @@ pub struct Received {
 /// A listening receiver.
 pub struct Receiver {
     settings: Reception,
+    capture: Option<Capture>,
     listener: TcpListener,
 }
 
@@ -73,11 +74,12 @@ struct Introduced {
 }
 
 impl Receiver {
-    /// Begins to listen.
+    /// Opens what is to be written and begins to listen.
     pub fn listen(settings: Reception) -> Result<Self, ReceiveError> {
+        let capture = settings.capture.as_deref().map(Capture::open).transpose()?;
         let listener = TcpListener::bind(&settings.listen)
             .map_err(|source| ReceiveError::Listen { address: settings.listen.clone(), source })?;
-        Ok(Receiver { settings, listener })
+        Ok(Receiver { settings, capture, listener })
     }
 
     /// Where it listens.
@@ -87,9 +89,10 @@ impl Receiver {
     }
 
     /// Receives one migration. Returns when it is settled who runs the guest, with the guest's process if it runs here.
-    pub fn receive(self) -> Result<(Received, Option<Incoming>), ReceiveError> {
+    pub fn receive(mut self) -> Result<(Received, Option<Incoming>), ReceiveError> {
         let first = self.introduce_first()?;
-        let result = self.receive_from(&first);
+        let capture = self.capture.take();
+        let result = self.receive_from(&first, capture);
         if let Err(error) = &result {
             refuse(&first.connection, error);
         }
@@ -144,9 +147,12 @@ impl Receiver {
         }
     }
 
-    fn receive_from(&self, first: &Introduced) -> Result<(Received, Option<Incoming>), ReceiveError> {
+    fn receive_from(
+        &self,
+        first: &Introduced,
+        capture: Option<Capture>,
+    ) -> Result<(Received, Option<Incoming>), ReceiveError> {
         self.check(first)?;
-        let capture = self.settings.capture.as_deref().map(Capture::create).transpose()?;
         let memory = GuestMemory::create(first.nr_pages)
             .map_err(|error| ReceiveError::Prepare(format!("no memory: {error}")))?;
         // Fresh memory costs microseconds a page at its first touch: better now than while the stream comes in.
@@ -228,8 +234,8 @@ impl Receiver {
                     let result = lane
                         .connection
                         .try_clone()
+                        .and_then(|connection| Input::new(connection, capture))
                         .map_err(|error| ReceiveError::Prepare(error.to_string()))
-                        .map(|connection| Input::new(connection, capture))
                         .and_then(|input| LaneReader { memory, lane: lane.lane }.read(input));
                     let _ = results.send((lane.lane, result));
                 });

@@ -58,6 +58,7 @@ fn bad_options_are_refused_in_one_line() {
         refused(&["demo", &format!("{option}={value}")], 2, says);
     }
     refused(&["demo", "--compare", "--policy=ar"], 2, "cannot be used with");
+    refused(&["demo", "--capture=x", "--lanes=2"], 2, "leave out --lanes");
     refused(&["fly"], 2, "fly");
     refused(&["guest"], 2, "--socket");
     refused(&["guest", "--socket=x", "--incoming=77"], 2, "pagecast receive");
@@ -73,6 +74,10 @@ fn what_cannot_be_reached_is_named() {
     let path = |name: &str| folder.path(name).to_str().expect("a plain path").to_owned();
     refused(&["send", "--socket", &path("none"), "127.0.0.1:1"], 1, "does not answer");
     refused(&["receive", "--socket", &path("r"), "--listen=nowhere"], 1, "choose another with --listen");
+    let capture = ["--capture", &path("none/stream")];
+    let says = "choose another file with --capture";
+    refused(&[&["receive", "--socket", &path("r"), "--listen=127.0.0.1:0"], &capture[..]].concat(), 1, says);
+    refused(&[&["demo", "--warm-up=1h"], &capture[..]].concat(), 1, says);
     refused(&["guest", "--socket", "/nonexistent/folder/socket"], 1, "choose another path with --socket");
 }
 
