@@ -2,9 +2,11 @@
 //! of its own.
 //!
 //! * [`receiver`]: one migration from the first connection to the hand-over.
+//! * [`door`]: who connects says what it wants, and strangers are sent away.
 //! * [`lane`]: one connection's stream, read straight into guest memory.
 //! * [`incoming`]: the guest's own process, which the receiver prepares and then arms with the connection.
 
+pub mod door;
 pub mod incoming;
 pub mod lane;
 pub mod receiver;

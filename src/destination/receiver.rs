@@ -1,34 +1,27 @@
 //! One migration, from the first connection to the hand-over, as the destination sees it.
 
+use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::time::Timespec;
-
 use super::ReceiveError;
+use super::door::{Door, FAREWELL, Introduced, Knock};
 use super::incoming::Incoming;
 use super::lane::{Capture, Delivered, Input, LaneReader};
 use crate::page::PAGE_SIZE;
 use crate::page_set::PageSet;
 use crate::stream::arena_context::{ArenaContext, Mismatches, page_digest};
+use crate::sys::cpu;
 use crate::sys::guest_memory::GuestMemory;
-use crate::sys::{cpu, socket};
 use crate::transport::session::{self, Message};
-
-/// How long a connection may take to say what it wants.
-const GREETING: Duration = Duration::from_secs(10);
 
 /// How long a migration's further lanes may take to come.
 const JOINING: Duration = Duration::from_secs(30);
 
-/// How long the source may take to read why it was refused.
-const FAREWELL: Duration = Duration::from_secs(2);
-
-/// The most lanes that a migration may have.
-pub const MAX_LANES: u16 = 64;
+/// What others are told meanwhile.
+const UNDER_WAY: &str = "another migration is under way here";
 
 /// How to receive.
 pub struct Reception {
@@ -64,15 +57,6 @@ pub struct Receiver {
     listener: TcpListener,
 }
 
-struct Introduced {
-    connection: TcpStream,
-    migration: String,
-    nr_pages: u64,
-    lanes: u16,
-    lane: u16,
-    image: bool,
-}
-
 impl Receiver {
     /// Opens what is to be written and begins to listen.
     pub fn listen(settings: Reception) -> Result<Self, ReceiveError> {
@@ -84,71 +68,61 @@ impl Receiver {
 
     /// Where it listens.
     pub fn address(&self) -> Result<SocketAddr, ReceiveError> {
-        let failed = |source| ReceiveError::Listen { address: self.settings.listen.clone(), source };
-        self.listener.local_addr().map_err(failed)
+        self.listener.local_addr().map_err(|error| self.deaf(error))
     }
 
     /// Receives one migration. Returns when it is settled who runs the guest, with the guest's process if it runs here.
     pub fn receive(mut self) -> Result<(Received, Option<Incoming>), ReceiveError> {
-        let first = self.introduce_first()?;
         let capture = self.capture.take();
-        let result = self.receive_from(&first, capture);
+        let mut door = Door::new(&self.listener).map_err(|error| self.deaf(error))?;
+        let first = self.introduce_first(&mut door)?;
+        let result = self.receive_from(door, &first, capture);
         if let Err(error) = &result {
             refuse(&first.connection, error);
         }
         result
     }
 
-    /// Waits for the connection that opens a migration. One that opens with anything else ends this receiver: nothing
-    /// has begun that could be lost.
-    fn introduce_first(&self) -> Result<Introduced, ReceiveError> {
+    /// Waits for the connection that opens a migration; strangers are sent away.
+    fn introduce_first(&self, door: &mut Door) -> Result<Introduced, ReceiveError> {
         loop {
-            let (connection, _) =
-                self.listener.accept().map_err(|error| ReceiveError::Hello(error.to_string()))?;
-            match introduce(connection) {
-                Ok(Some(introduced)) => return Ok(introduced),
-                Ok(None) => {}
-                Err((connection, error)) => {
-                    connection.iter().for_each(|connection| refuse(connection, &error));
-                    return Err(error);
-                }
+            match door.next(None, None).map_err(|error| self.deaf(error))? {
+                Knock::Greeted(first) if first.lane == 0 => return Ok(first),
+                Knock::Greeted(other) => door.turn_away(other, "no such migration is under way here"),
+                Knock::Gone | Knock::Nobody => {}
             }
         }
     }
 
     /// Waits for a further lane of a migration that has been opened; strangers are sent away.
-    fn introduce_lane(&self, first: &Introduced, lane: u16) -> Result<Introduced, ReceiveError> {
+    fn introduce_lane(
+        &self,
+        door: &mut Door,
+        first: &Introduced,
+        lane: u16,
+    ) -> Result<Introduced, ReceiveError> {
         let gone = |what: &str| ReceiveError::Hello(format!("lane {lane} never came: {what}"));
-        let since = Instant::now();
+        let until = Instant::now() + JOINING;
         loop {
-            let left = JOINING.saturating_sub(since.elapsed());
-            let timeout = Timespec::try_from(left).map_err(|error| gone(&error.to_string()))?;
-            let mut events = [
-                PollFd::new(&self.listener, PollFlags::IN),
-                PollFd::new(&first.connection, PollFlags::RDHUP),
-            ];
-            match poll(&mut events, Some(&timeout)) {
-                Ok(0) => return Err(gone("the source took too long")),
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(error) => return Err(gone(&error.to_string())),
-                Ok(_) if !events[1].revents().is_empty() => return Err(gone("the source is gone")),
-                Ok(_) => {}
-            }
-            let Ok((connection, _)) = self.listener.accept() else { continue };
-            let stranger = ReceiveError::Hello("another migration is under way here".to_owned());
-            match introduce(connection) {
-                Ok(Some(other)) if (&other.migration, other.lane) == (&first.migration, lane) => {
+            match door.next(Some(until), Some(&first.connection)).map_err(|error| self.deaf(error))? {
+                Knock::Greeted(other) if (&other.migration, other.lane) == (&first.migration, lane) => {
                     return Ok(other);
                 }
-                Ok(Some(other)) => refuse(&other.connection, &stranger),
-                Err((Some(connection), error)) => refuse(&connection, &error),
-                Ok(None) | Err((None, _)) => {}
+                Knock::Greeted(other) => door.turn_away(other, UNDER_WAY),
+                Knock::Gone => return Err(gone("the source is gone")),
+                Knock::Nobody => return Err(gone("the source took too long")),
             }
         }
     }
 
+    /// The listener can no longer be waited at.
+    fn deaf(&self, source: io::Error) -> ReceiveError {
+        ReceiveError::Listen { address: self.settings.listen.clone(), source }
+    }
+
     fn receive_from(
         &self,
+        mut door: Door,
         first: &Introduced,
         capture: Option<Capture>,
     ) -> Result<(Received, Option<Incoming>), ReceiveError> {
@@ -167,10 +141,11 @@ impl Receiver {
         welcome(&first.connection)?;
         let mut others = Vec::new();
         for lane in 1..first.lanes {
-            let other = self.introduce_lane(first, lane)?;
+            let other = self.introduce_lane(&mut door, first, lane)?;
             welcome(&other.connection)?;
             others.push(other);
         }
+        door.close(UNDER_WAY);
 
         let cpu_before = cpu::process_cpu_time();
         let delivered = self.read_lanes(first, &others, &memory, capture)?;
@@ -201,12 +176,6 @@ impl Receiver {
                 guest_mib: mib(bytes),
                 limit_mib: mib(self.settings.max_memory),
             });
-        }
-        if first.nr_pages == 0 || first.lane != 0 || first.lanes == 0 || first.lanes > MAX_LANES {
-            return Err(ReceiveError::Hello(format!(
-                "{} pages over {} lanes, beginning with lane {}",
-                first.nr_pages, first.lanes, first.lane
-            )));
         }
         if first.lanes > 1 && self.settings.capture.is_some() {
             return Err(ReceiveError::Hello(
@@ -258,38 +227,6 @@ impl Receiver {
             Ok(delivered.into_iter().map(|(_, pages)| pages).collect())
         })
     }
-}
-
-/// Has a connection say what it wants. None: it asked after a migration that nothing is known of here, and was told so.
-/// On an error the connection, if it still stands, is there to be told.
-fn introduce(connection: TcpStream) -> Result<Option<Introduced>, (Option<TcpStream>, ReceiveError)> {
-    let hello = |error: &dyn std::fmt::Display| ReceiveError::Hello(error.to_string());
-    let prepared = connection
-        .set_nodelay(true)
-        .and_then(|()| socket::watch_for_death(&connection))
-        .and_then(|()| connection.set_read_timeout(Some(GREETING)));
-    if let Err(error) = prepared {
-        return Err((None, hello(&error)));
-    }
-    let refused = match session::receive(&connection) {
-        Ok(Message::Hello { version: session::VERSION, migration, nr_pages, lanes, lane, image }) => {
-            // From here on a dead source is noticed by the kernel; a lane may well be silent for long.
-            return match connection.set_read_timeout(None) {
-                Ok(()) => Ok(Some(Introduced { connection, migration, nr_pages, lanes, lane, image })),
-                Err(error) => Err((None, hello(&error))),
-            };
-        }
-        Ok(Message::Hello { version, .. }) => {
-            hello(&format!("the source speaks version {version}, this is {}", session::VERSION))
-        }
-        Ok(Message::Resolve { .. }) => {
-            let _ = session::send(&connection, &Message::Unknown);
-            return Ok(None);
-        }
-        Ok(other) => hello(&format!("it began with {other:?}")),
-        Err(error) => hello(&error),
-    };
-    Err((Some(connection), refused))
 }
 
 fn welcome(connection: &TcpStream) -> Result<(), ReceiveError> {

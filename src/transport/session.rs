@@ -24,6 +24,8 @@ use serde::{Deserialize, Serialize};
 pub const VERSION: u32 = 1;
 
 const MAGIC: [u8; 4] = *b"PCS1";
+/// Bytes of the magic word and the length.
+const HEAD: usize = 8;
 const MAX_BODY: u32 = 16 * 1024;
 
 /// Characters of a reason that are shown.
@@ -95,22 +97,74 @@ pub fn send(mut connection: impl Write, message: &Message) -> io::Result<()> {
 }
 
 /// Reads one message and not a byte more.
-pub fn receive(mut connection: impl Read) -> io::Result<Message> {
-    let mut head = [0; 8];
-    connection.read_exact(&mut head)?;
-    let length = u32::from_le_bytes([head[4], head[5], head[6], head[7]]);
-    if head[..4] != MAGIC {
-        return Err(invalid("the other side does not speak pagecast's session protocol"));
+pub fn receive(connection: impl Read) -> io::Result<Message> {
+    Arriving::default().read(connection)
+}
+
+/// A message that may arrive in pieces.
+#[derive(Default)]
+pub struct Arriving {
+    /// What has come of it; never more than [`HEAD`] and [`MAX_BODY`] bytes.
+    frame: Vec<u8>,
+}
+
+impl Arriving {
+    /// Whether something has come of it.
+    pub fn has_begun(&self) -> bool {
+        !self.frame.is_empty()
     }
-    if length > MAX_BODY {
-        return Err(invalid("a session message is longer than the protocol allows"));
+
+    /// Reads on, and not a byte further than the message's end. After `ErrorKind::WouldBlock` it can be called again.
+    /// `ErrorKind::InvalidData`: it is no message.
+    pub fn read(&mut self, mut connection: impl Read) -> io::Result<Message> {
+        loop {
+            let (come, due) = (self.frame.len(), self.due()?);
+            if come == due {
+                return parse(&self.frame[HEAD..]);
+            }
+            self.frame.resize(due, 0);
+            let read = connection.read(&mut self.frame[come..]);
+            self.frame.truncate(come + *read.as_ref().unwrap_or(&0));
+            match read {
+                Ok(0) => return Err(self.ended()),
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                Ok(_) | Err(_) => {}
+            }
+        }
     }
-    let mut body = vec![0; length as usize];
-    connection.read_exact(&mut body)?;
-    match serde_json::from_slice(&body) {
+
+    /// Bytes of the message as far as is known: its head, then all of it.
+    fn due(&self) -> io::Result<usize> {
+        if !MAGIC.starts_with(&self.frame[..self.frame.len().min(MAGIC.len())]) {
+            return Err(invalid("the other side does not speak pagecast's session protocol"));
+        }
+        let Some((head, _)) = self.frame.split_first_chunk::<HEAD>() else { return Ok(HEAD) };
+        let length = u32::from_le_bytes([head[4], head[5], head[6], head[7]]);
+        if length > MAX_BODY {
+            return Err(invalid("a session message is longer than the protocol allows"));
+        }
+        Ok(HEAD + length as usize)
+    }
+
+    fn ended(&self) -> io::Error {
+        let what = if self.has_begun() {
+            "the other side closed the connection in the midst of a message"
+        } else {
+            "the other side closed the connection without a word"
+        };
+        io::Error::new(io::ErrorKind::UnexpectedEof, what)
+    }
+}
+
+fn parse(body: &[u8]) -> io::Result<Message> {
+    match serde_json::from_slice(body) {
         Ok(Message::Aborted { reason }) => Ok(Message::Aborted { reason: printable(&reason) }),
         Ok(message) => Ok(message),
-        Err(error) => Err(invalid(&format!("a session message makes no sense ({error}); same version?"))),
+        Err(error) => {
+            // It quotes what it does not know.
+            let error = printable(&error.to_string());
+            Err(invalid(&format!("a session message makes no sense ({error}); same version?")))
+        }
     }
 }
 
@@ -159,6 +213,15 @@ mod tests {
         ]
     }
 
+    /// A connection that more may come on.
+    struct Patient<'a, 'b>(&'a mut &'b [u8]);
+
+    impl Read for Patient<'_, '_> {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            if self.0.is_empty() { Err(io::ErrorKind::WouldBlock.into()) } else { self.0.read(into) }
+        }
+    }
+
     proptest! {
         #[test]
         fn what_is_sent_is_received_and_nothing_is_read_ahead(message in message()) {
@@ -169,6 +232,21 @@ mod tests {
             let mut cursor = io::Cursor::new(wire);
             prop_assert_eq!(receive(&mut cursor).unwrap(), message);
             prop_assert_eq!(cursor.position() as usize, length);
+        }
+
+        #[test]
+        fn a_message_that_comes_in_pieces_is_the_same(message in message(), size in 1usize..40) {
+            let mut wire = Vec::new();
+            send(&mut wire, &message).unwrap();
+            let mut arriving = Arriving::default();
+            let mut pieces = wire.chunks(size).peekable();
+            while let Some(mut piece) = pieces.next() {
+                let read = arriving.read(Patient(&mut piece));
+                match pieces.peek() {
+                    Some(_) => prop_assert_eq!(read.unwrap_err().kind(), io::ErrorKind::WouldBlock),
+                    None => prop_assert_eq!(read.unwrap(), message.clone()),
+                }
+            }
         }
 
         #[test]

@@ -209,6 +209,23 @@ fn a_guest_whose_migration_came_to_nothing_is_free_for_the_next() {
 }
 
 #[test]
+fn strangers_at_the_receiver_keep_no_source_from_it() {
+    if !tracking_or_skip("strangers_at_the_receiver_keep_no_source_from_it") {
+        return;
+    }
+    let folder = Folder::new();
+    let (_process, guest) = start_guest(&folder.path("home"), &GUEST);
+    drop(guest);
+    let (_receiver, address) = start_receiver(&folder.path("away"), &["--die-with-parent"]);
+    let connect = || TcpStream::connect(&address).expect("it listens");
+    let _silent = [connect(), connect(), connect()];
+    drop(connect());
+    let (code, said) = start_send(&folder.path("home"), &address, &["--verify", "--lanes=2"]).end();
+    assert_eq!(code, Some(0), "{said}");
+    assert_sound(&ArenaGuest::connect(&folder.path("away")).expect("the guest answers"));
+}
+
+#[test]
 fn a_socket_that_a_dead_guest_left_behind_is_replaced() {
     if !tracking_or_skip("a_socket_that_a_dead_guest_left_behind_is_replaced") {
         return;

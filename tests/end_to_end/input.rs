@@ -99,21 +99,36 @@ fn a_file_where_the_socket_is_to_be_is_refused_and_left_as_it_is() {
 }
 
 #[test]
-fn garbage_sent_to_a_receiver_is_refused_in_one_line() {
+fn garbage_sent_to_a_receiver_is_refused_in_one_line_and_the_next_connection_is_heard() {
+    let folder = Folder::new();
+    let (mut receiver, address) = start_receiver(&folder.path("away"), &["--max-memory=8MiB"]);
     let oversized = [&b"PCS1"[..], &u32::MAX.to_le_bytes()].concat();
     let wrong = [&b"PCS1"[..], &[2, 0, 0, 0], b"{}"].concat();
-    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0; 4096], &[0xff; 64], &oversized, &wrong, b""] {
-        let folder = Folder::new();
-        let (mut receiver, address) = start_receiver(&folder.path("away"), &[]);
-        let mut connection = TcpStream::connect(address).expect("it listens");
+    let all = [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0; 4096], &[0xff; 64], &oversized, &wrong];
+    for garbage in all {
+        let mut connection = TcpStream::connect(&address).expect("it listens");
         connection.write_all(garbage).expect("it reads");
-        connection.shutdown(std::net::Shutdown::Write).expect("it is connected");
-        let _ = connection.read_to_end(&mut Vec::new());
-        let (code, said) = receiver.end();
-        assert_eq!(code, Some(1), "{said}");
-        assert!(said.contains("not a migration") && said.contains("pagecast send"), "{said}");
-        assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+        let mut answer = Vec::new();
+        connection.read_to_end(&mut answer).expect("it answers");
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.contains("aborted") && answer.contains("not a migration"), "{answer}");
     }
+    drop(TcpStream::connect(&address).expect("it listens"));
+    let mut connection = TcpStream::connect(&address).expect("it listens");
+    greet(&mut connection, u64::MAX, 1);
+    let (code, said) = receiver.end();
+    assert_eq!(code, Some(1), "{said}");
+    let lines: Vec<_> = said.lines().collect();
+    assert_eq!(lines.len(), all.len() + 2, "{said}");
+    for line in &lines[..all.len()] {
+        assert!(line.starts_with("pagecast receive: sent 127.0.0.1:"), "{line}");
+        assert!(line.contains("not a migration") && line.contains("pagecast send"), "{line}");
+    }
+    assert!(
+        lines[all.len()].ends_with("away: the other side closed the connection without a word"),
+        "{said}"
+    );
+    assert!(lines[all.len() + 1].contains("raise --max-memory"), "{said}");
 }
 
 #[test]
