@@ -83,10 +83,11 @@ pub fn pagecast(subcommand: &str) -> Result<Command, Failure> {
     Ok(command)
 }
 
-/// Starts a receiver for a guest whose control socket will be `socket`, and returns where it listens.
+/// Starts a receiver for what this process sends, a guest whose control socket will be `socket`, and returns where it listens.
 pub fn start_receiver(socket: &Path, capture: Option<&Path>) -> Result<(Process, String), Failure> {
     let mut command = pagecast("receive")?;
-    command.arg("--listen").arg("127.0.0.1:0").arg("--socket").arg(socket).stdout(Stdio::piped());
+    command.args(["--source-is-parent", "--listen", "127.0.0.1:0", "--socket"]).arg(socket);
+    command.stdout(Stdio::piped());
     if let Some(capture) = capture {
         command.arg("--capture").arg(capture);
     }

@@ -29,6 +29,9 @@ pub struct ReceiveArguments {
     /// End, and end the guest, when the process that started this one ends
     #[arg(long)]
     die_with_parent: bool,
+    /// What the source knows, or is told, is not said here too: it is the process that started this one
+    #[arg(long, hide = true)]
+    source_is_parent: bool,
 }
 
 pub fn run(arguments: &ReceiveArguments) -> Result<Exit, Failure> {
@@ -44,7 +47,10 @@ pub fn run(arguments: &ReceiveArguments) -> Result<Exit, Failure> {
     })
     .map_err(Failure::failed)?;
     console::say(format_args!("listening on {}", receiver.address().map_err(Failure::failed)?));
-    let (received, guest) = receiver.receive().map_err(Failure::failed)?;
+    let (received, guest) = match receiver.receive() {
+        Err(error) if arguments.source_is_parent && error.is_known_to_source() => return Ok(Exit::Failed),
+        other => other.map_err(Failure::failed)?,
+    };
     match guest {
         Some(guest) => {
             console::say(format_args!(
@@ -63,6 +69,7 @@ pub fn run(arguments: &ReceiveArguments) -> Result<Exit, Failure> {
             ));
             Ok(Exit::Done)
         }
+        None if arguments.source_is_parent => Ok(Exit::Failed),
         None => Err(Failure::failed("everything was received, but the source kept its guest")),
     }
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ReceiveError;
 use crate::guest::arena::handover;
-use crate::guest::arena::host::{ControlSocket, Host};
+use crate::guest::arena::host::{ControlSocket, Host, HostError};
 use crate::sys::guest_memory::GuestMemory;
 use crate::sys::{console, descriptors};
 use crate::transport::session::Message;
@@ -119,14 +119,14 @@ impl Incoming {
 }
 
 /// The guest's process itself: `channel` is its end of the receiver's channel. Ok(true): the guest ran here and has
-/// ended; Ok(false): the source kept it.
+/// ended; Ok(false): the source kept it, or the receiver was told why it cannot come here.
 pub fn run(channel: OwnedFd, socket: &Path) -> Result<bool, ReceiveError> {
     let failed = |error: io::Error| ReceiveError::Guest(error.to_string());
     // At once, and not when the guest has come: a path that cannot be bound is no reason to stop a guest for.
-    let control = ControlSocket::bind(socket).map_err(|error| {
-        let _ = say(&channel, &Step::Failed { reason: error.to_string() }, &[]);
-        ReceiveError::Guest(error.to_string())
-    })?;
+    let control = match ControlSocket::bind(socket) {
+        Ok(control) => control,
+        Err(error) => return give_up(&channel, &error),
+    };
     let (step, mut received) = hear(&channel).map_err(failed)?;
     let (Step::Map, Some(memory)) = (step, received.pop()) else {
         return Err(ReceiveError::Guest("the receiver did not send any memory".to_owned()));
@@ -144,10 +144,7 @@ pub fn run(channel: OwnedFd, socket: &Path) -> Result<bool, ReceiveError> {
     };
     let host = match Host::adopt(memory, control) {
         Ok(host) => host,
-        Err(error) => {
-            let _ = say(&channel, &Step::Failed { reason: error.to_string() }, &[]);
-            return Err(ReceiveError::Guest(error.to_string()));
-        }
+        Err(error) => return give_up(&channel, &error),
     };
     let _ = say(&channel, &Step::Armed, &[]);
     let start = || host.resume().map_err(|error| error.to_string());
@@ -163,4 +160,13 @@ pub fn run(channel: OwnedFd, socket: &Path) -> Result<bool, ReceiveError> {
         std::thread::sleep(handover::LINGER);
     }
     Ok(runs)
+}
+
+/// Has the receiver say why the guest cannot come here.
+fn give_up(channel: &OwnedFd, error: &HostError) -> Result<bool, ReceiveError> {
+    let reason = error.to_string();
+    match say(channel, &Step::Failed { reason }, &[]) {
+        Ok(()) => Ok(false),
+        Err(_) => Err(ReceiveError::Guest(error.to_string())),
+    }
 }

@@ -1,12 +1,13 @@
 //! One lane of a migration: reads its stream straight into guest memory.
 
 use std::fs::File;
-use std::io::{self, BufWriter, IoSliceMut, Read, Write};
+use std::io::{self, BufWriter, ErrorKind, IoSliceMut, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 
 use super::ReceiveError;
 use crate::page_set::PageSet;
+use crate::stream::error::{Fault, StreamError};
 use crate::stream::reader::{Limits, Record, StreamReader};
 use crate::stream::records::{DomainHeader, GuestType, PageKind};
 use crate::sys::guest_memory::LaneWriter;
@@ -71,6 +72,17 @@ impl Read for Input {
     }
 }
 
+/// What it means that the stream of `lane` cannot be read on.
+fn failed(lane: u16) -> impl Fn(StreamError) -> ReceiveError {
+    move |source| match source.fault {
+        Fault::Truncated { .. } => ReceiveError::SourceGone { lane, place: source.place },
+        Fault::Io(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::TimedOut) => {
+            ReceiveError::SourceGone { lane, place: source.place }
+        }
+        fault => ReceiveError::Stream { lane, source: StreamError { fault, place: source.place } },
+    }
+}
+
 /// What a lane brought.
 pub struct Delivered {
     /// The domain header.
@@ -95,9 +107,8 @@ impl LaneReader<'_> {
     /// Reads a stream to its END and not a byte further.
     pub fn read(mut self, input: Input) -> Result<Delivered, ReceiveError> {
         let lane = self.lane;
-        let failed = |source| ReceiveError::Stream { lane, source };
         let nr_pages = self.memory.nr_pages();
-        let mut reader = StreamReader::open(input, Limits::new(nr_pages)).map_err(failed)?;
+        let mut reader = StreamReader::open(input, Limits::new(nr_pages)).map_err(failed(lane))?;
         let domain = *reader.domain();
         if domain.guest != GuestType::X86Hvm {
             return Err(self.refuse("the stream is of a PV guest; an embedded guest's is HVM"));
@@ -105,7 +116,7 @@ impl LaneReader<'_> {
         let mut delivered =
             Delivered { domain, received: PageSet::empty(nr_pages), entries: 0, context: None };
         loop {
-            match reader.next_record().map_err(failed)? {
+            match reader.next_record().map_err(failed(lane))? {
                 Record::PageData => self.take_pages(&mut reader, &mut delivered)?,
                 Record::HvmContext(_) if self.lane != 0 => {
                     return Err(self.refuse("a context, which belongs to lane 0"));
@@ -150,9 +161,7 @@ impl LaneReader<'_> {
         }
         delivered.entries += reader.entries().len() as u64;
         let mut runs = self.memory.runs();
-        reader
-            .read_pages(&mut |first, pages| runs.take(first, pages))
-            .map_err(|source| ReceiveError::Stream { lane: self.lane, source })
+        reader.read_pages(&mut |first, pages| runs.take(first, pages)).map_err(failed(self.lane))
     }
 
     fn refuse(&self, reason: &str) -> ReceiveError {

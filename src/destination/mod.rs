@@ -44,6 +44,14 @@ pub enum ReceiveError {
         /// What is wrong, in which record, at which offset.
         source: crate::stream::StreamError,
     },
+    /// The connection ended before the stream did.
+    #[error("lane {lane}: the source ended the migration (it called it off or went away) at {place}")]
+    SourceGone {
+        /// Which connection.
+        lane: u16,
+        /// How far the stream came.
+        place: crate::stream::Place,
+    },
     /// The stream is well-formed, but what it carries cannot be accepted.
     #[error("lane {lane}: {reason}")]
     Content {
@@ -63,4 +71,11 @@ pub enum ReceiveError {
     /// The guest's own process failed.
     #[error("the guest's process failed: {0}")]
     Guest(String),
+}
+
+impl ReceiveError {
+    /// Whether there was a source, which knows of it or was told.
+    pub fn is_known_to_source(&self) -> bool {
+        !matches!(self, ReceiveError::Listen { .. })
+    }
 }

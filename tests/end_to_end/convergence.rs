@@ -74,7 +74,7 @@ fn a_storm_is_called_off_with_figures_and_the_guest_runs_on_at_the_source() {
     }
     let folder = Folder::new();
     let (_process, guest) = start_guest(&folder.path("home"), &GUEST);
-    let (_receiver, address) = start_receiver(&folder.path("away"), &["--die-with-parent"]);
+    let (mut receiver, address) = start_receiver(&folder.path("away"), &["--die-with-parent"]);
     let (code, failed, said) = send(&folder.path("home"), &address, &["--on-no-convergence=abort"]);
     assert_eq!(code, Some(3), "{said}");
     assert!(said.contains("(budget 200 ms)") && said.contains("the guest runs on at the source"), "{said}");
@@ -82,6 +82,13 @@ fn a_storm_is_called_off_with_figures_and_the_guest_runs_on_at_the_source() {
     assert_eq!((&failed["event"], &failed["convergence"]["decision"]), (&"failed".into(), &"abort".into()));
     assert_sound(&guest);
     assert!(!runs_at(&folder.path("away")));
+    let (code, said) = receiver.end();
+    assert_eq!(code, Some(1), "{said}");
+    assert!(
+        said.contains("lane 0: the source ended the migration (it called it off or went away) at "),
+        "{said}"
+    );
+    assert!(said.contains("(record ") && said.trim_end().lines().count() == 1, "{said}");
 }
 
 #[test]

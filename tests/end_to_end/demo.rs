@@ -9,10 +9,7 @@ use crate::harness::{Folder, Process, pagecast, runs_at, tracking_or_skip, wait_
 /// A demonstration whose folders for sockets are in `folder`.
 fn start_demo(folder: &Folder, arguments: &[&str]) -> Process {
     let mut command = pagecast();
-    command
-        .args(["demo", "--memory=16MiB", "--policy=ar", "--json"])
-        .args(arguments)
-        .env("TMPDIR", &folder.0);
+    command.args(["demo", "--policy=ar", "--json"]).args(arguments).env("TMPDIR", &folder.0);
     Process::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()))
 }
 
@@ -25,6 +22,21 @@ fn socket(folder: &Folder, end: &str) -> Option<PathBuf> {
 fn assert_empty(folder: &Folder) {
     let left: Vec<_> = std::fs::read_dir(&folder.0).expect("it is there").flatten().collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_demonstration_that_is_called_off_says_why_and_nothing_else() {
+    if !tracking_or_skip("a_demonstration_that_is_called_off_says_why_and_nothing_else") {
+        return;
+    }
+    let folder = Folder::new();
+    let storm = ["--workload=storm", "--memory=64MiB", "--rate=60000", "--warm-up=100ms"];
+    let link = ["--bandwidth=50MB", "--budget=200ms", "--on-no-convergence=abort"];
+    let (code, said) = start_demo(&folder, &[&storm[..], &link].concat()).end();
+    assert_eq!(code, Some(3), "{said}");
+    assert!(said.contains("(budget 200 ms)"), "{said}");
+    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    assert_empty(&folder);
 }
 
 /// Processes that `process` has started.
@@ -40,7 +52,7 @@ fn a_second_ctrl_c_ends_a_demonstration_that_is_stuck_and_leaves_nothing() {
         return;
     }
     let folder = Folder::new();
-    let mut demo = start_demo(&folder, &["--warm-up=2s"]);
+    let mut demo = start_demo(&folder, &["--warm-up=2s", "--memory=16MiB"]);
     wait_until("the guest runs", || socket(&folder, "source").is_some_and(|socket| runs_at(&socket)));
     for child in children(&demo) {
         let child = rustix::process::Pid::from_raw(child).expect("a number of a process");
@@ -66,7 +78,7 @@ fn ctrl_c_ends_a_demonstration_before_and_after_the_migration() {
         ("--warm-up=0s", "destination", "interrupted after the migration"),
     ] {
         let folder = Folder::new();
-        let mut demo = start_demo(&folder, &[warm_up, "--run-on=1h"]);
+        let mut demo = start_demo(&folder, &[warm_up, "--run-on=1h", "--memory=16MiB"]);
         wait_until("the guest runs", || socket(&folder, at).is_some_and(|socket| runs_at(&socket)));
         demo.interrupt();
         let (code, said) = demo.end();

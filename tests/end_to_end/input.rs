@@ -99,6 +99,23 @@ fn a_file_where_the_socket_is_to_be_is_refused_and_left_as_it_is() {
 }
 
 #[test]
+fn a_receiver_whose_socket_is_another_file_says_so_once_and_tells_the_source() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("notes"), "of some worth").expect("a fresh folder");
+    let (mut receiver, address) = start_receiver(&folder.path("notes"), &[]);
+    let mut connection = TcpStream::connect(address).expect("it listens");
+    greet(&mut connection, 1024, 1);
+    let mut answer = Vec::new();
+    let _ = connection.read_to_end(&mut answer);
+    assert!(String::from_utf8_lossy(&answer).contains("it exists and is not a socket"));
+    let (code, said) = receiver.end();
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("it exists and is not a socket; choose another path with --socket"), "{said}");
+    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    assert_eq!(std::fs::read_to_string(folder.path("notes")).expect("it is there"), "of some worth");
+}
+
+#[test]
 fn garbage_sent_to_a_receiver_is_refused_in_one_line_and_the_next_connection_is_heard() {
     let folder = Folder::new();
     let (mut receiver, address) = start_receiver(&folder.path("away"), &["--max-memory=8MiB"]);
