@@ -147,12 +147,16 @@ pub fn run(channel: OwnedFd, socket: &Path) -> Result<bool, ReceiveError> {
         Err(error) => return give_up(&channel, &error),
     };
     let _ = say(&channel, &Step::Armed, &[]);
-    let start = || host.resume().map_err(|error| error.to_string());
+    let start = || {
+        host.resume().map_err(|error| error.to_string())?;
+        // Before the source hears that the guest runs here: whoever hears it there may connect at once.
+        if let Err(error) = host.listen() {
+            // The guest is here and nowhere else: it runs on without a control socket.
+            console::complain(format_args!("pagecast guest: {error}"));
+        }
+        Ok(())
+    };
     let runs = handover::take(connection, listener, &migration, &ready, start).map_err(failed)?;
-    if runs && let Err(error) = host.listen() {
-        // The guest is here and nowhere else: it runs on without a control socket.
-        console::complain(format_args!("pagecast guest: {error}"));
-    }
     let _ = say(&channel, if runs { &Step::Running } else { &Step::GivenUp }, &[]);
     if runs {
         host.serve();
