@@ -17,7 +17,7 @@ use crate::sys::socket;
 pub struct Capture(BufWriter<File>);
 
 impl Capture {
-    /// Opens the file, which is made if there is none. What is in it stays until a stream [begins](Self::begin).
+    /// Opens the file, which is made if there is none. What is in it stays until a stream begins.
     pub fn open(path: &Path) -> Result<Self, ReceiveError> {
         let file = File::options().write(true).create(true).truncate(false).open(path);
         let failed = |source| ReceiveError::Capture { path: path.display().to_string(), source };
