@@ -122,14 +122,14 @@ impl Incoming {
 /// ended; Ok(false): the source kept it, or the receiver was told why it cannot come here.
 pub fn run(channel: OwnedFd, socket: &Path) -> Result<bool, ReceiveError> {
     let failed = |error: io::Error| ReceiveError::Guest(error.to_string());
-    // At once, and not when the guest has come: a path that cannot be bound is no reason to stop a guest for.
-    let control = match ControlSocket::bind(socket) {
-        Ok(control) => control,
-        Err(error) => return give_up(&channel, &error),
-    };
     let (step, mut received) = hear(&channel).map_err(failed)?;
     let (Step::Map, Some(memory)) = (step, received.pop()) else {
         return Err(ReceiveError::Guest("the receiver did not send any memory".to_owned()));
+    };
+    // Now, and not when the guest has come: a path that cannot be bound is no reason to stop a guest for.
+    let control = match ControlSocket::bind(socket) {
+        Ok(control) => control,
+        Err(error) => return give_up(&channel, &error),
     };
     let memory = Arc::new(GuestMemory::map(memory).map_err(failed)?);
     memory.populate().map_err(failed)?;
