@@ -48,6 +48,7 @@ pub struct MirrorArguments {
 
 pub fn run(arguments: &MirrorArguments) -> Result<Exit, Failure> {
     let settings = arguments.migration.settings(arguments.policy, true).map_err(Failure::usage)?;
+    arguments.migration.check_capture(arguments.capture.as_deref())?;
     let abort = interrupted()?;
     let pid = arguments.pid;
     let name = proc::name(pid).unwrap_or_else(|| format!("process {pid}"));

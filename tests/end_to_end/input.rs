@@ -59,6 +59,7 @@ fn bad_options_are_refused_in_one_line() {
     }
     refused(&["demo", "--compare", "--policy=ar"], 2, "cannot be used with");
     refused(&["demo", "--capture=x", "--lanes=2"], 2, "leave out --lanes");
+    refused(&["mirror", "--pid=1", "--capture=x", "--lanes=2"], 2, "leave out --lanes");
     refused(&["fly"], 2, "fly");
     refused(&["guest"], 2, "--socket");
     refused(&["guest", "--socket=x", "--incoming=77"], 2, "pagecast receive");
