@@ -76,6 +76,8 @@ fn a_killed_or_interrupted_mirror_leaves_the_process_running() {
     for cycle in 0..16 {
         let mut command = pagecast();
         command.args(["mirror", "--json", "--shared", "--max-time", "200ms", "--pid", &pid.to_string()]);
+        // What a killed one leaves behind goes with this.
+        command.env("TMPDIR", &folder.0);
         let mut mirror = Process::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
         // From before the attachment to after the end, the stop among it.
         std::thread::sleep(Duration::from_millis(60 * cycle));
