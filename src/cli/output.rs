@@ -15,7 +15,6 @@ const NOTABLE: u64 = 100;
 /// A file to be written at the end. Whether it can be is found out at the start.
 pub struct Output {
     path: PathBuf,
-    file: OutputFile,
 }
 
 impl Output {
@@ -28,8 +27,8 @@ impl Output {
                 path.display()
             )));
         }
-        let file = OutputFile::create(path).map_err(|error| cannot_write(path, &error))?;
-        Ok(Output { path: path.to_owned(), file })
+        OutputFile::check(path).map_err(|error| cannot_write(path, &error))?;
+        Ok(Output { path: path.to_owned() })
     }
 
     /// Of a picture.
@@ -40,8 +39,11 @@ impl Output {
 
     /// Writes it.
     pub fn write(self, text: &[u8]) -> Result<(), Failure> {
-        let Output { path, mut file } = self;
-        file.write_all(text).and_then(|()| file.commit()).map_err(|error| cannot_write(&path, &error))
+        let written = OutputFile::create(&self.path).and_then(|mut file| {
+            file.write_all(text)?;
+            file.commit()
+        });
+        written.map_err(|error| cannot_write(&self.path, &error))
     }
 
     /// Writes the picture.

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Access, access};
 use tempfile::NamedTempFile;
 
 /// A file that takes its place, and that of a file of this name, when it is whole. It is written beside it, and goes if it is
@@ -23,39 +24,85 @@ enum Place {
     There(File),
 }
 
-impl OutputFile {
-    /// Begins the file that will be at `path`. All that can be wrong with the place is found out now.
-    pub fn create(path: &Path) -> io::Result<Self> {
-        let (path, mode) = match fs::metadata(path) {
+/// Where a file is to be.
+struct Target {
+    path: PathBuf,
+    /// That of the file that is there.
+    mode: Option<u32>,
+    /// It is a device or a pipe.
+    special: bool,
+}
+
+impl Target {
+    fn at(path: &Path) -> io::Result<Self> {
+        match fs::metadata(path) {
             Ok(there) if there.is_file() => {
                 // Whoever may not write to it may not replace it either.
                 File::options().write(true).open(path)?;
-                (fs::canonicalize(path)?, there.permissions().mode() & 0o777)
+                let mode = Some(there.permissions().mode() & 0o777);
+                Ok(Target { path: fs::canonicalize(path)?, mode, special: false })
             }
-            Ok(there) if there.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
-            Ok(_) => {
-                let place = Place::There(File::options().write(true).open(path)?);
-                return Ok(OutputFile { path: path.to_owned(), place });
+            Ok(there) if there.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
+            Ok(_) => Ok(Target { path: path.to_owned(), mode: None, special: true }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Ok(Target { path: path.to_owned(), mode: None, special: false })
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (path.to_owned(), 0o666),
-            Err(error) => return Err(error),
-        };
-        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+            Err(error) => Err(error),
+        }
+    }
+
+    fn folder(&self) -> &Path {
+        self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    }
+}
+
+impl OutputFile {
+    /// Whether a file can be written at `path`. Nothing is made or changed.
+    ///
+    /// # Errors
+    ///
+    /// What [`OutputFile::create`] would err with, a full disk apart.
+    pub fn check(path: &Path) -> io::Result<()> {
+        let target = Target::at(path)?;
+        if target.special {
+            return Ok(());
+        }
+        Ok(access(target.folder(), Access::WRITE_OK | Access::EXEC_OK)?)
+    }
+
+    /// Begins the file that will be at `path`.
+    ///
+    /// # Errors
+    ///
+    /// `path` is a folder or in none, or this process may not write to it.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let target = Target::at(path)?;
+        if target.special {
+            let place = Place::There(File::options().write(true).open(path)?);
+            return Ok(OutputFile { path: target.path, place });
+        }
+        let name = target.path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         let mut prefix = std::ffi::OsString::from(".");
         prefix.push(name);
         prefix.push(".");
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        fs::metadata(folder)?;
+        fs::metadata(target.folder())?;
         let beside = tempfile::Builder::new()
             .prefix(&prefix)
-            .permissions(fs::Permissions::from_mode(mode))
-            .tempfile_in(folder)
+            .permissions(fs::Permissions::from_mode(0o666))
+            .tempfile_in(target.folder())
             // What it says names a file that nobody has heard of.
             .map_err(|error| io::Error::from(error.kind()))?;
-        Ok(OutputFile { path, place: Place::Beside(beside) })
+        if let Some(mode) = target.mode {
+            beside.as_file().set_permissions(fs::Permissions::from_mode(mode))?;
+        }
+        Ok(OutputFile { path: target.path, place: Place::Beside(beside) })
     }
 
     /// It is whole.
+    ///
+    /// # Errors
+    ///
+    /// It could not be put in its place, and is gone; what was there is still there.
     pub fn commit(mut self) -> io::Result<()> {
         self.flush()?;
         match self.place {
@@ -96,7 +143,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("table");
         fs::write(&path, "before").unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o664)).unwrap();
         let mut file = OutputFile::create(&path).unwrap();
         file.write_all(b"after").unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "before");
@@ -112,7 +159,11 @@ mod tests {
             (fs::read_to_string(&path).unwrap().as_str(), names_in(folder.path()).len()),
             ("after", 1)
         );
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640, "who may read it stays");
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o664,
+            "who may write it stays"
+        );
     }
 
     #[test]
@@ -135,8 +186,13 @@ mod tests {
     #[test]
     fn what_cannot_be_written_is_found_out_at_the_start() {
         let folder = tempfile::tempdir().unwrap();
-        let kind = |path: &Path| OutputFile::create(path).unwrap_err().kind();
-        assert_eq!(kind(folder.path()), io::ErrorKind::IsADirectory);
-        assert_eq!(kind(&folder.path().join("none/file")), io::ErrorKind::NotFound);
+        for (path, kind) in [("", io::ErrorKind::IsADirectory), ("none/file", io::ErrorKind::NotFound)] {
+            let path = folder.path().join(path);
+            assert_eq!(OutputFile::check(&path).unwrap_err().kind(), kind);
+            assert_eq!(OutputFile::create(&path).unwrap_err().kind(), kind);
+        }
+        OutputFile::check(&folder.path().join("file")).unwrap();
+        OutputFile::check(Path::new("/dev/null")).unwrap();
+        assert!(names_in(folder.path()).is_empty(), "nothing is made for that");
     }
 }

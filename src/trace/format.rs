@@ -125,6 +125,10 @@ impl Trace {
     }
 
     /// Whether there is a file that can be opened; what it holds is not looked at.
+    ///
+    /// # Errors
+    ///
+    /// There is none.
     pub fn look_for(path: &Path) -> Result<(), TraceError> {
         let failed = |source| TraceError::Io { doing: "open", path: path.to_owned(), source };
         File::open(path).map(drop).map_err(failed)
@@ -261,7 +265,7 @@ impl Trace {
     pub fn rounds_missed(&self) -> u64 {
         let (Some(first), Some(last)) = (self.rounds.first(), self.rounds.last()) else { return 0 };
         let period_ns = u64::from(self.period_us) * 1000;
-        let periods = (last.t_ns.saturating_sub(first.t_ns) + period_ns / 2) / period_ns;
+        let periods = last.t_ns.saturating_sub(first.t_ns).saturating_add(period_ns / 2) / period_ns;
         periods.saturating_sub(self.rounds.len() as u64 - 1)
     }
 

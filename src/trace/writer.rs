@@ -6,7 +6,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::io::Errno;
 
 use super::format::{MAGIC, MAX_NAME, Round, Run, TRAILER, TraceError, VERSION};
 use crate::page::{CHUNK_PAGES, PAGE_SIZE};
@@ -18,30 +19,26 @@ const ZSTD_LEVEL: i32 = 12;
 const BATCH: usize = 1 << 20;
 /// Where the counts of rounds and of pages and the time of the start stand in the header.
 const COUNTS_AT: u64 = 16;
+/// 32 GiB that a guest may grow by between two batches, in chunks.
+const SPARE_CHUNKS: u64 = 16 << 10;
 
-/// Writes a trace as it is recorded, uncompressed, to a file of the same name and `.part`, which [`TraceWriter::finish`] makes the
-/// trace of. If that fails, or the process is killed, it stays; it goes if the writer is dropped before.
+/// Writes a trace as it is recorded, uncompressed, to a file of the same name and `.part`, which [`TraceWriter::finish`] makes
+/// the trace of. If that fails, or the process is killed, it stays; it goes if the writer is dropped before.
 pub struct TraceWriter {
     path: PathBuf,
     part_path: PathBuf,
     /// Locked.
     part: File,
-    /// What is in the file.
-    whole: Extent,
-    /// The same before the last batch.
-    before: Extent,
+    /// Bytes of header and rounds that are in the file, and how many rounds.
+    len: u64,
+    rounds: u64,
     /// Rounds that are not, and how many.
     batch: Vec<u8>,
     batched: u64,
+    /// Chunks of the id space so far.
+    nr_chunks: u64,
     start_realtime_ns: u64,
     settled: bool,
-}
-
-/// Header and rounds.
-#[derive(Clone, Copy, Default)]
-struct Extent {
-    bytes: u64,
-    rounds: u64,
 }
 
 /// What is known of a trace before its first round.
@@ -54,17 +51,23 @@ pub struct Heading {
 }
 
 impl TraceWriter {
-    /// Begins the trace that will be at `path`, compressed if the name ends in `.zst`. All that can be wrong with the place is
-    /// found out now.
+    /// Begins the trace that will be at `path`, compressed if the name ends in `.zst`.
+    ///
+    /// # Errors
+    ///
+    /// Nothing can be written there, or the part file is another recorder's, or holds a recording that was kept, or is none
+    /// of ours.
     pub fn create(path: &Path, heading: &Heading) -> Result<Self, TraceError> {
         let failed = |source| TraceError::Io { doing: "write", path: path.to_owned(), source };
-        match fs::metadata(path) {
-            Ok(there) if there.is_dir() => return Err(failed(io::ErrorKind::IsADirectory.into())),
-            Ok(there) if !there.is_file() => {
-                return Err(failed(io::Error::other("it is a device or a pipe; name a file")));
-            }
-            _ => {}
+        // A missing folder is told of the part file.
+        if path.exists() {
+            OutputFile::check(path).map_err(failed)?;
         }
+        if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+            return Err(failed(io::Error::other("it is a device or a pipe; name a file")));
+        }
+        // A link stays one.
+        let path = &fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let mut part_path = path.as_os_str().to_owned();
         part_path.push(".part");
         let part_path = PathBuf::from(part_path);
@@ -77,10 +80,11 @@ impl TraceWriter {
             path: path.to_owned(),
             part_path,
             part,
-            whole: Extent::default(),
-            before: Extent::default(),
+            len: 0,
+            rounds: 0,
             batch: header(heading),
             batched: 0,
+            nr_chunks: 0,
             start_realtime_ns: 0,
             settled: false,
         };
@@ -99,8 +103,11 @@ impl TraceWriter {
         &self.path
     }
 
-    /// Adds a round: runs ascend and do not overlap. `round.dirty` is set here. After an error the rounds that were written before
-    /// can still be made a trace of.
+    /// Adds a round: runs ascend and do not overlap. `round.dirty` is set here.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`TraceWriter::flush`], which is called every now and then.
     pub fn round(&mut self, round: Round, runs: impl IntoIterator<Item = Run>) -> Result<(), TraceError> {
         let head_at = self.batch.len();
         self.batch.resize(head_at + 24, 0);
@@ -119,27 +126,26 @@ impl TraceWriter {
             head[8 + 4 * place..12 + 4 * place].copy_from_slice(&value.to_le_bytes());
         }
         self.batched += 1;
+        self.nr_chunks = u64::from(round.tracked_pages).div_ceil(CHUNK_PAGES as u64);
         if self.batch.len() >= BATCH { self.flush() } else { Ok(()) }
     }
 
     /// Rounds of the trace so far; after an error, those that were written before.
     pub fn rounds(&self) -> u64 {
-        self.whole.rounds + self.batched
+        self.rounds + self.batched
     }
 
     /// Completes the trace: `va_chunks` names each chunk of the id space, in the order of ids.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`TraceWriter::flush`]; [`TraceError::Kept`] if the trace is whole, and is in the part file because it could not
+    /// be put where it belongs.
     pub fn finish(mut self, va_chunks: &[u64]) -> Result<(), TraceError> {
         self.flush()?;
-        if let Err(error) = self.write_end(va_chunks) {
-            // There may be no room for it, and then the last batch makes some.
-            if self.before.rounds == 0 || self.part.set_len(self.before.bytes).is_err() {
-                return Err(self.failed(error));
-            }
-            self.whole = self.before;
-            self.write_end(va_chunks).map_err(|error| self.failed(error))?;
-        }
-        // From here on it is a trace, wherever it stands.
+        // From here on the file stays, wherever it stands.
         self.settled = true;
+        self.write_end(va_chunks).map_err(|error| self.failed(error))?;
         let placed = if self.path.extension().is_some_and(|extension| extension == "zst") {
             self.compress().and_then(|()| fs::remove_file(&self.part_path))
         } else {
@@ -157,10 +163,10 @@ impl TraceWriter {
         let mut trailer = TRAILER.to_vec();
         trailer.extend((va_chunks.len() as u32).to_le_bytes());
         va_chunks.iter().for_each(|va| trailer.extend(va.to_le_bytes()));
-        let mut counts = self.whole.rounds.to_le_bytes().to_vec();
+        let mut counts = self.rounds.to_le_bytes().to_vec();
         counts.extend(((va_chunks.len() * CHUNK_PAGES) as u64).to_le_bytes());
         counts.extend(self.start_realtime_ns.to_le_bytes());
-        self.part.write_all_at(&trailer, self.whole.bytes)?;
+        self.part.write_all_at(&trailer, self.len)?;
         self.part.write_all_at(&counts, COUNTS_AT)
     }
 
@@ -171,23 +177,37 @@ impl TraceWriter {
         encoder.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?.commit()
     }
 
-    /// Writes down the rounds so far, all that are not in the file or none of them.
+    /// Writes down the rounds so far.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be written, and are given up; those written before can still be made a trace of.
     pub fn flush(&mut self) -> Result<(), TraceError> {
         if self.batch.is_empty() {
             return Ok(());
         }
-        let written = self.part.write_all_at(&self.batch, self.whole.bytes);
         let (bytes, rounds) = (self.batch.len() as u64, std::mem::take(&mut self.batched));
+        let written = self.part.write_all_at(&self.batch, self.len);
         self.batch.clear();
-        if let Err(error) = written {
+        if let Err(error) = written.and_then(|()| self.reserve_end(self.len + bytes)) {
             // What there is of it makes room for the end of the trace.
-            let _ = self.part.set_len(self.whole.bytes);
+            let _ = self.part.set_len(self.len);
+            let _ = self.reserve_end(self.len);
             return Err(self.failed(error));
         }
-        self.before = self.whole;
-        self.whole.bytes += bytes;
-        self.whole.rounds += rounds;
+        self.len += bytes;
+        self.rounds += rounds;
         Ok(())
+    }
+
+    /// Makes sure that there will be room for the trailer behind `len` bytes, where the file system can.
+    fn reserve_end(&self, len: u64) -> io::Result<()> {
+        // Some more: chunks may come before the next time.
+        let room = (TRAILER.len() + 4) as u64 + 8 * (self.nr_chunks + SPARE_CHUNKS);
+        match fallocate(&self.part, FallocateFlags::KEEP_SIZE, len, room) {
+            Err(Errno::NOSPC | Errno::DQUOT) => Err(Errno::NOSPC.into()),
+            _ => Ok(()),
+        }
     }
 
     fn failed(&self, source: io::Error) -> TraceError {
@@ -207,16 +227,42 @@ impl Drop for TraceWriter {
 fn open_locked(path: &Path) -> io::Result<File> {
     loop {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-            io::Error::other("another recording writes to it; choose another name with --out")
-        })?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {
+                return Err(io::Error::other(
+                    "another recording writes to it; choose another name with --out",
+                ));
+            }
+            locked => locked?,
+        }
         // The one that had it may just have made a trace of it, or removed it.
         let is_there =
             fs::metadata(path).is_ok_and(|there| file.metadata().is_ok_and(|own| own.ino() == there.ino()));
         if is_there {
+            refuse_to_lose(&file)?;
             file.set_len(0)?;
             return Ok(file);
         }
+    }
+}
+
+/// Errs if the file is anything but what a killed recorder leaves.
+fn refuse_to_lose(part: &File) -> io::Result<()> {
+    let mut head = [0; COUNTS_AT as usize + 8];
+    match part.read_exact_at(&mut head, 0) {
+        Ok(()) if head[..MAGIC.len()] != MAGIC => Err(io::Error::other(
+            "it is there and is no recording; move it away or choose another name with --out",
+        )),
+        Ok(()) if head[COUNTS_AT as usize..] != [0; 8] => Err(io::Error::other(
+            "it is a recording that was kept; move it away or choose another name with --out",
+        )),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && part.metadata()?.len() > 0 => {
+            Err(io::Error::other(
+                "it is there and is no recording; move it away or choose another name with --out",
+            ))
+        }
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -268,6 +314,11 @@ mod tests {
             assert!(error.to_string().contains(name) && !error.to_string().contains('\n'), "{error}");
             let trace = Trace::open(kept).unwrap();
             assert_eq!((trace.name.as_str(), trace.rounds().len(), trace.nr_pages()), ("a test", 5, 512));
+            // And it is not lost to whoever tries again.
+            fs::remove_dir(&path).unwrap();
+            let refusal = TraceWriter::create(&path, &heading()).err().unwrap().to_string();
+            assert!(refusal.contains("a recording that was kept"), "{refusal}");
+            assert_eq!(Trace::open(kept).unwrap().rounds().len(), 5);
         }
     }
 
@@ -312,5 +363,29 @@ mod tests {
         assert!(refusal(folder.path()).contains("is a directory"));
         assert!(refusal(Path::new("/dev/null")).contains("name a file"));
         assert!(refusal(&folder.path().join("none/t.pct")).contains("none/t.pct.part"));
+        for theirs in ["a note", "a note that is as long as the header of a trace"] {
+            fs::write(folder.path().join("t.pct.part"), theirs).unwrap();
+            assert!(refusal(&folder.path().join("t.pct")).contains("is no recording"));
+            assert_eq!(fs::read_to_string(folder.path().join("t.pct.part")).unwrap(), theirs);
+        }
+    }
+
+    #[test]
+    fn what_a_killed_recorder_left_is_written_over_and_a_link_stays_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("t.pct"), folder.path().join("l.pct"));
+        let mut writer = TraceWriter::create(&path, &heading()).unwrap();
+        add(&mut writer, 0).unwrap();
+        writer.flush().unwrap();
+        // As if it had been killed.
+        writer.settled = true;
+        drop(writer);
+        fs::write(&path, "before").unwrap();
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let mut writer = TraceWriter::create(&link, &heading()).unwrap();
+        (0..3).for_each(|number| add(&mut writer, number).unwrap());
+        writer.finish(&[7]).unwrap();
+        assert_eq!(Trace::open(&path).unwrap().rounds().len(), 3);
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
     }
 }
