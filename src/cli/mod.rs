@@ -193,7 +193,7 @@ fn asked(first: &mut Option<Instant>, now: Instant) -> Asked {
     }
 }
 
-/// A flag that Ctrl-C and SIGTERM set. Another one, later, ends the process on the spot, with nothing left in the file system.
+/// A flag that Ctrl-C and SIGTERM set. Another one, later, ends the process on the spot; folders for sockets are removed.
 fn interrupted() -> Result<Arc<AtomicBool>, Failure> {
     let flag = Arc::new(AtomicBool::new(false));
     let set = flag.clone();

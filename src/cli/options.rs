@@ -6,13 +6,14 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{Failure, units};
-use crate::destination::lane::Capture;
+use crate::destination::ReceiveError;
 use crate::forecast::{OnNoConvergence, PolicyKind};
 use crate::guest::arena::{Spec, Workload};
 use crate::guest::process::areas::Wanted;
 use crate::guest::process::tracker::{Choice, MOST_CHUNKS};
 use crate::page::PAGE_SIZE;
 use crate::pipeline::settings::{Pins, SendMode, Settings, SlotPages};
+use crate::sys::output_file::OutputFile;
 use crate::sys::{cpu, memory_info, socket};
 
 /// What kind of guest to start.
@@ -139,13 +140,15 @@ fn congestion(name: &str) -> Result<String, String> {
 }
 
 impl MigrationOptions {
-    /// Errs if what is to be captured cannot be.
+    /// Errs if what is to be captured cannot be. Nothing is made or opened: a pipe's reader would take that for the end.
     pub fn check_capture(&self, capture: Option<&Path>) -> Result<(), Failure> {
         let Some(capture) = capture else { return Ok(()) };
         if self.lanes > 1 {
             return Err(Failure::usage("--capture takes the stream of one lane; leave out --lanes"));
         }
-        Capture::open(capture).map(drop).map_err(Failure::failed)
+        OutputFile::check(capture).map_err(|source| {
+            Failure::failed(ReceiveError::Capture { path: capture.display().to_string(), source })
+        })
     }
 
     /// As the pipeline wants it.

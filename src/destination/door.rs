@@ -23,6 +23,9 @@ pub const FAREWELL: Duration = Duration::from_secs(2);
 /// greets as soon as it is connected.
 const MOST_VISITORS: usize = 8;
 
+/// How long a receiver that cannot accept a connection leaves it be.
+const SHORTAGE: Duration = Duration::from_millis(100);
+
 /// The most lanes that a migration may have.
 pub const MAX_LANES: u16 = 64;
 
@@ -61,6 +64,10 @@ pub struct Door<'l> {
 
 impl<'l> Door<'l> {
     /// A door that nobody has come to yet.
+    ///
+    /// # Errors
+    ///
+    /// The listener is none.
     pub fn new(listener: &'l TcpListener) -> io::Result<Self> {
         // A connection that has gone again before it is accepted is not to be waited for.
         listener.set_nonblocking(true)?;
@@ -68,6 +75,10 @@ impl<'l> Door<'l> {
     }
 
     /// Waits for a greeting, until `until` at most and for as long as `watched` is connected.
+    ///
+    /// # Errors
+    ///
+    /// The listener has broken down; that a connection has is nothing to it.
     pub fn next(&mut self, until: Option<Instant>, watched: Option<&TcpStream>) -> io::Result<Knock> {
         loop {
             let woken = self.wait(until, watched)?;
@@ -123,15 +134,25 @@ impl<'l> Door<'l> {
         greeted
     }
 
-    /// Lets one more in.
-    fn open(&mut self) -> io::Result<()> {
+    /// Lets one more in, if there is one.
+    fn open(&mut self) -> io::Result<bool> {
         let (connection, peer) = match self.listener.accept() {
             Ok(accepted) => accepted,
             // It has gone again.
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::ConnectionAborted) => {
-                return Ok(());
+                return Ok(false);
             }
-            Err(error) => return Err(error),
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK)) =>
+            {
+                return Err(error);
+            }
+            // It was the connection's, or there is nothing left to make one of for now.
+            Err(error) => {
+                console::complain(format_args!("pagecast receive: cannot accept a connection: {error}"));
+                std::thread::sleep(SHORTAGE);
+                return Ok(false);
+            }
         };
         let prepared = connection
             .set_nonblocking(true)
@@ -139,7 +160,7 @@ impl<'l> Door<'l> {
             .and_then(|()| socket::watch_for_death(&connection));
         if let Err(error) = prepared {
             complain(peer, &error);
-            return Ok(());
+            return Ok(true);
         }
         if self.visitors.len() == MOST_VISITORS {
             let longest = self.visitors.remove(0);
@@ -149,7 +170,7 @@ impl<'l> Door<'l> {
         }
         let stage = Stage::Greeting(Arriving::default());
         self.visitors.push(Visitor { connection, peer, until: Instant::now() + self.patience, stage });
-        Ok(())
+        Ok(true)
     }
 
     /// Sends somebody away who has greeted, and who is told `why`.
@@ -167,6 +188,11 @@ impl<'l> Door<'l> {
 
     /// Closes the door. Those who have greeted meanwhile are told `why`, the others are cut off.
     pub fn close(mut self, why: &str) {
+        for _ in 0..MOST_VISITORS {
+            if !matches!(self.open(), Ok(true)) {
+                break;
+            }
+        }
         for _ in 0..MOST_VISITORS {
             match self.next(Some(Instant::now()), None) {
                 Ok(Knock::Greeted(introduced)) => self.turn_away(introduced, why),
@@ -312,6 +338,15 @@ mod tests {
         (listener, address)
     }
 
+    /// Lets everybody in who has connected, `count` in all.
+    fn admit(door: &mut Door, count: usize) {
+        while door.visitors.len() < count {
+            let listener = PollFd::new(door.listener, PollFlags::IN);
+            poll(&mut [listener], None).unwrap();
+            door.open().unwrap();
+        }
+    }
+
     fn greet(connection: &TcpStream, version: u32, migration: &str) {
         let migration = migration.to_owned();
         let hello = Message::Hello { version, migration, nr_pages: 1, lanes: 1, lane: 0, image: false };
@@ -388,7 +423,7 @@ mod tests {
         let mut door = Door::new(&listener).unwrap();
         door.patience = Duration::from_millis(20);
         let silent = TcpStream::connect(address).unwrap();
-        door.open().unwrap();
+        admit(&mut door, 1);
         while !door.visitors.is_empty() {
             let until = Instant::now() + door.patience;
             assert!(matches!(door.next(Some(until), None), Ok(Knock::Nobody)));
@@ -413,10 +448,12 @@ mod tests {
     fn those_who_greet_when_a_migration_has_begun_are_told_so_when_the_door_closes() {
         let (listener, address) = listener();
         let mut door = Door::new(&listener).unwrap();
-        let (silent, source) = (TcpStream::connect(address).unwrap(), TcpStream::connect(address).unwrap());
+        let silent = TcpStream::connect(address).unwrap();
+        admit(&mut door, 1);
+        let source = TcpStream::connect(address).unwrap();
         greet(&source, session::VERSION, "m");
-        door.open().unwrap();
-        door.open().unwrap();
+        // It is at the door and not yet let in.
+        poll(&mut [PollFd::new(&listener, PollFlags::IN)], None).unwrap();
         door.close("another migration is under way here");
         let Message::Aborted { reason } = session::receive(&source).unwrap() else { panic!("no reason") };
         assert!(reason.contains("under way"), "{reason}");

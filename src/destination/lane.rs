@@ -14,21 +14,32 @@ use crate::sys::guest_memory::LaneWriter;
 use crate::sys::socket;
 
 /// A file for what is read from a connection.
-pub struct Capture(BufWriter<File>);
+pub struct Capture {
+    file: BufWriter<File>,
+    path: String,
+}
 
 impl Capture {
     /// Opens the file, which is made if there is none. What is in it stays until a stream begins.
+    ///
+    /// # Errors
+    ///
+    /// [`ReceiveError::Capture`]: it cannot be opened to be written.
     pub fn open(path: &Path) -> Result<Self, ReceiveError> {
         let file = File::options().write(true).create(true).truncate(false).open(path);
-        let failed = |source| ReceiveError::Capture { path: path.display().to_string(), source };
-        file.map(BufWriter::new).map(Capture).map_err(failed)
+        let path = path.display().to_string();
+        match file {
+            Ok(file) => Ok(Capture { file: BufWriter::new(file), path }),
+            Err(source) => Err(ReceiveError::Capture { path, source }),
+        }
     }
 
     /// Empties the file.
-    fn begin(&mut self) -> io::Result<()> {
-        let file = self.0.get_ref();
+    fn begin(&mut self) -> Result<(), ReceiveError> {
+        let file = self.file.get_ref();
         // A pipe or a device has no length.
-        if file.metadata()?.is_file() { file.set_len(0) } else { Ok(()) }
+        let emptied = file.metadata().and_then(|kind| if kind.is_file() { file.set_len(0) } else { Ok(()) });
+        emptied.map_err(|source| ReceiveError::Capture { path: self.path.clone(), source })
     }
 }
 
@@ -40,7 +51,11 @@ pub struct Input {
 
 impl Input {
     /// Reads from `connection` and writes all of it to `capture`, in place of what was there.
-    pub fn new(connection: TcpStream, mut capture: Option<Capture>) -> io::Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// [`ReceiveError::Capture`]: the file cannot be emptied.
+    pub fn new(connection: TcpStream, mut capture: Option<Capture>) -> Result<Self, ReceiveError> {
         capture.as_mut().map_or(Ok(()), Capture::begin)?;
         Ok(Input { connection, capture })
     }
@@ -53,7 +68,7 @@ impl Read for Input {
         let _ = socket::acknowledge(&self.connection);
         let count = self.connection.read(into)?;
         if let Some(capture) = &mut self.capture {
-            capture.0.write_all(&into[..count])?;
+            capture.file.write_all(&into[..count])?;
         }
         Ok(count)
     }
@@ -64,7 +79,7 @@ impl Read for Input {
             let mut left = count;
             for part in into {
                 let here = left.min(part.len());
-                capture.0.write_all(&part[..here])?;
+                capture.file.write_all(&part[..here])?;
                 left -= here;
             }
         }
@@ -129,7 +144,7 @@ impl LaneReader<'_> {
         }
         if let Some(capture) = &mut reader.into_inner().capture {
             capture
-                .0
+                .file
                 .flush()
                 .map_err(|error| self.refuse(&format!("cannot write the captured stream: {error}")))?;
         }

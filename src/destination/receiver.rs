@@ -203,8 +203,8 @@ impl Receiver {
                     let result = lane
                         .connection
                         .try_clone()
-                        .and_then(|connection| Input::new(connection, capture))
                         .map_err(|error| ReceiveError::Prepare(error.to_string()))
+                        .and_then(|connection| Input::new(connection, capture))
                         .and_then(|input| LaneReader { memory, lane: lane.lane }.read(input));
                     let _ = results.send((lane.lane, result));
                 });

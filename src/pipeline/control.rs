@@ -309,8 +309,12 @@ mod tests {
     use crate::pipeline::outcome::Progress;
     use crate::pipeline::settings::{Pins, SendMode, SlotPages};
 
-    /// A guest that cannot be slowed down, and that nobody is to touch.
-    struct Untouchable;
+    /// A guest that cannot be slowed down, and that nobody is to touch but to claim it and to let it go again.
+    #[derive(Default)]
+    struct Untouchable {
+        claimed: u32,
+        let_go: u32,
+    }
 
     impl GuestControl for Untouchable {
         fn nr_pages(&self) -> u64 {
@@ -323,7 +327,8 @@ mod tests {
             unreachable!()
         }
         fn resume(&mut self) -> Result<(), GuestError> {
-            unreachable!()
+            self.let_go += 1;
+            Ok(())
         }
         fn work_done(&mut self) -> Result<Option<(u64, Duration)>, GuestError> {
             unreachable!()
@@ -337,6 +342,10 @@ mod tests {
     }
 
     impl MovableGuest for Untouchable {
+        fn claim(&mut self) -> Result<(), GuestError> {
+            self.claimed += 1;
+            Ok(())
+        }
         fn hand_over(&mut self, _: OwnedFd, _: &str, _: &str) -> Result<HandOver, GuestError> {
             unreachable!()
         }
@@ -353,13 +362,12 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_guest_without_a_throttle_is_refused_before_anything_is_touched() {
-        let settings = Settings {
+    fn settings(on_no_convergence: OnNoConvergence) -> Settings {
+        Settings {
             policy: PolicyKind::Ar,
             downtime_budget: Duration::from_millis(300),
             max_time: Duration::from_secs(60),
-            on_no_convergence: OnNoConvergence::Throttle,
+            on_no_convergence,
             linger: 0.0,
             sample_interval: Duration::from_millis(50),
             sample_share: None,
@@ -372,11 +380,30 @@ mod tests {
             slots: 16,
             slot_pages: SlotPages::Auto,
             verify: false,
-        };
+        }
+    }
+
+    /// What a migration that cannot begin says; `address` is where it is to go.
+    fn refusal(guest: &mut Untouchable, on_no_convergence: OnNoConvergence, address: &str) -> String {
         let never = AtomicBool::new(false);
-        let error =
-            migrate(&mut Untouchable, &settings, "nowhere:0", &never, &mut Blind).expect_err("no throttle");
-        let said = error.to_string();
+        let error = migrate(guest, &settings(on_no_convergence), address, &never, &mut Blind);
+        error.expect_err("it cannot begin").to_string()
+    }
+
+    #[test]
+    fn a_guest_is_let_go_when_the_destination_cannot_be_reached() {
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let mut guest = Untouchable::default();
+        let said = refusal(&mut guest, OnNoConvergence::Stop, &nobody);
+        assert!(said.contains(&nobody), "{said}");
+        assert_eq!((guest.claimed, guest.let_go), (1, 1));
+    }
+
+    #[test]
+    fn a_guest_without_a_throttle_is_refused_before_anything_is_touched() {
+        let mut guest = Untouchable::default();
+        let said = refusal(&mut guest, OnNoConvergence::Throttle, "nowhere:0");
+        assert_eq!((guest.claimed, guest.let_go), (0, 0));
         assert!(said.contains("cannot be slowed down; use --on-no-convergence stop or abort"), "{said}");
         assert!(!said.contains('\n'));
     }

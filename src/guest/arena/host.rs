@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -59,10 +59,16 @@ pub enum HostError {
 pub struct ControlSocket {
     socket: OwnedFd,
     path: PathBuf,
+    /// Device and inode of the file.
+    file: Option<(u64, u64)>,
 }
 
 impl ControlSocket {
-    /// Binds `path`; a socket there that nobody listens on any more is replaced, and nothing else is.
+    /// Binds `path`; a socket there that nobody has any more is replaced, and nothing else is.
+    ///
+    /// # Errors
+    ///
+    /// [`HostError::Socket`]: something else is there, or it cannot be made.
     pub fn bind(path: &Path) -> Result<Self, HostError> {
         let unusable = |source| HostError::Socket { path: path.display().to_string(), source };
         let failed = |error: Errno| unusable(error.into());
@@ -77,20 +83,42 @@ impl ControlSocket {
                     "it exists and is not a socket",
                 )));
             }
+            // One that waits for a guest to come does not listen yet.
+            Err(Errno::ADDRINUSE) if is_held(path) => return Err(failed(Errno::ADDRINUSE)),
             Err(Errno::ADDRINUSE) if connect(new().map_err(failed)?, &address) == Err(Errno::CONNREFUSED) => {
                 std::fs::remove_file(path).map_err(unusable)?;
                 bind(&socket, &address).map_err(failed)?;
             }
             other => other.map_err(failed)?,
         }
-        Ok(ControlSocket { socket, path: path.to_owned() })
+        Ok(ControlSocket { socket, path: path.to_owned(), file: identity(path) })
     }
 }
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        // It may have been moved away, and be another's by now.
+        if self.file.is_some() && identity(&self.path) == self.file {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
+}
+
+/// Device and inode of what is at `path`.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
+}
+
+/// Whether some process has a socket that was bound to `path`, by this name or by its absolute one.
+fn is_held(path: &Path) -> bool {
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    // Num RefCount Protocol Flags Type St Inode Path, of which the inode is padded and the path may have spaces.
+    let name = |line: &'_ str| {
+        let rest = |rest: &'_ str| rest.trim_start().split_once(' ').map(|(_, rest)| rest.to_owned());
+        (0..7).try_fold(line.to_owned(), |line, _| rest(&line))
+    };
+    sockets.lines().skip(1).filter_map(name).any(|name| [path, &absolute].contains(&Path::new(&name)))
 }
 
 /// Whether `path` itself, and not what it may be a link to, is a socket.
@@ -157,6 +185,10 @@ impl Host {
     }
 
     /// From now on clients of the control socket are let in; they are answered by [`Host::serve`].
+    ///
+    /// # Errors
+    ///
+    /// [`HostError::Socket`]: the kernel refuses.
     pub fn listen(&self) -> Result<(), HostError> {
         let path = || self.control.path.display().to_string();
         listen(&self.control.socket, 16)
@@ -421,4 +453,35 @@ fn refusal(tenure: Tenure) -> String {
         Tenure::Gone => "the guest has moved away",
     }
     .to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_socket_that_waits_for_its_guest_is_not_taken_and_an_abandoned_one_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a b");
+        let first = ControlSocket::bind(&path).unwrap();
+        let refusal = ControlSocket::bind(&path).err().expect("somebody has it").to_string();
+        assert!(refusal.contains("in use") && refusal.contains("--socket"), "{refusal}");
+        drop(first);
+        assert!(!path.exists());
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "nobody has it any more");
+        ControlSocket::bind(&path).unwrap();
+    }
+
+    #[test]
+    fn a_socket_takes_its_own_file_with_it_and_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, elsewhere) = (folder.path().join("socket"), folder.path().join("elsewhere"));
+        let first = ControlSocket::bind(&path).unwrap();
+        std::fs::rename(&path, &elsewhere).unwrap();
+        let _second = ControlSocket::bind(&path).unwrap();
+        drop(first);
+        assert!(path.exists());
+    }
 }
