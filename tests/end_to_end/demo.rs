@@ -30,8 +30,8 @@ fn a_demonstration_that_is_called_off_says_why_and_nothing_else() {
         return;
     }
     let folder = Folder::new();
-    let storm = ["--workload=storm", "--memory=64MiB", "--rate=60000", "--warm-up=100ms"];
-    let link = ["--bandwidth=50MB", "--budget=200ms", "--on-no-convergence=abort"];
+    let storm = ["--workload=storm", "--memory=16MiB", "--rate=15000", "--warm-up=100ms"];
+    let link = ["--bandwidth=12500KB", "--budget=200ms", "--on-no-convergence=abort"];
     let (code, said) = start_demo(&folder, &[&storm[..], &link].concat()).end();
     assert_eq!(code, Some(3), "{said}");
     assert!(said.contains("(budget 200 ms)"), "{said}");
