@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 
-use super::model::ModelOptions;
-use super::output::{Output, warn_of_missed_rounds};
+use super::model::{ModelOptions, warn_of_missed_rounds};
+use super::output::Output;
 use super::{Exit, Failure};
 use crate::report::bound::{self, Bound};
 use crate::report::plot::{self, BoundPicture};

@@ -7,7 +7,11 @@ use clap::Args;
 use super::options::{Rate, parse_rate};
 use super::units;
 use crate::pipeline::scanner::WIRE_BYTES_PER_PAGE;
+use crate::sys::console;
 use crate::trace::trials::{LinkSpeed, Start};
+
+/// A trace that lacks one round in so many is too fast to be passed over in silence.
+const NOTABLE: u64 = 100;
 
 /// The model's parameters; every combination of them is meant.
 #[derive(Args, Clone, Debug)]
@@ -64,6 +68,16 @@ fn start(text: &str) -> Result<Start, String> {
     parsed.ok_or_else(|| {
         format!("{text:?} is no start; write a fraction below 1, such as 3/8, or a round, such as 150")
     })
+}
+
+/// Says that a replay of a trace is faster than what was recorded, if it lacks rounds.
+pub fn warn_of_missed_rounds(trace: &str, missed: u64, rounds: usize) {
+    if missed * NOTABLE > rounds as u64 {
+        console::complain(format_args!(
+            "pagecast: {trace}: {missed} rounds are missing between the {rounds} that there are, and are left out: in less time the \
+             guest writes as much; record with a longer --period"
+        ));
+    }
 }
 
 #[cfg(test)]

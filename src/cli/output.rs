@@ -1,4 +1,4 @@
-//! Files that a subcommand was told to write, and what has to be said of those that it read.
+//! Files that a subcommand was told to write.
 
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
@@ -6,11 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::Failure;
 use crate::report::plot::{Figure, PlotError};
-use crate::sys::console;
 use crate::sys::output_file::OutputFile;
-
-/// A trace that lacks one round in so many is too fast to be passed over in silence.
-const NOTABLE: u64 = 100;
 
 /// A file to be written at the end. Whether it can be is found out at the start.
 pub struct Output {
@@ -55,14 +51,4 @@ impl Output {
 
 fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
     Failure::failed(format!("cannot write {}: {error}; is the folder there and writable?", path.display()))
-}
-
-/// Says that a replay of a trace is faster than what was recorded, if it lacks rounds.
-pub fn warn_of_missed_rounds(trace: &str, missed: u64, rounds: usize) {
-    if missed * NOTABLE > rounds as u64 {
-        console::complain(format_args!(
-            "pagecast: {trace}: {missed} rounds are missing between the {rounds} that there are, and are left out: in less time the \
-             guest writes as much; record with a longer --period"
-        ));
-    }
 }

@@ -7,8 +7,8 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::model::ModelOptions;
-use super::output::{Output, warn_of_missed_rounds};
+use super::model::{ModelOptions, warn_of_missed_rounds};
+use super::output::Output;
 use super::{Exit, Failure, units};
 use crate::forecast::{OnNoConvergence, PolicyKind};
 use crate::report::plot;

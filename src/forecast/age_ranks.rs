@@ -116,7 +116,7 @@ mod tests {
     use super::super::simulation::{config, pages};
     use super::*;
 
-    /// Samples of a second's worth of units in which page 0 was written first, page 1 last, and page 2 in between.
+    /// After so many samples, a unit apart: page 0 was written in the first, page 1 in the last, page 2 three before that.
     fn after(samples: u64) -> (AgeRanks, WorkingSet) {
         let config = config(8);
         let (mut ranks, mut working_set) = (AgeRanks::new(&config, false), WorkingSet::new(&config));

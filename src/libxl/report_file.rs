@@ -1,11 +1,11 @@
 //! The files that tell how a migration went.
 
-use std::fs::OpenOptions;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use tempfile::NamedTempFile;
 
 /// A path in which `{domid}` stands for the domain's number and `{time}` for the time at which the migration ended, in UTC.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,23 +37,13 @@ impl PathTemplate {
 ///
 /// It is not synced to the disk. Libxl waits for the end of this process before it goes on with a guest that stands
 /// still, and a sync can take as long as a disk likes.
+///
+/// Unlike an [`OutputFile`](crate::sys::output_file::OutputFile) it takes the place of a link: root does not follow those of others.
 pub fn write(path: &Path, text: &str) -> io::Result<()> {
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    let mut unfinished = std::ffi::OsString::from(".");
-    unfinished.push(name);
-    unfinished.push(format!(".{}", std::process::id()));
-    let unfinished = path.with_file_name(unfinished);
-    let written = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&unfinished)
-        .and_then(|mut file| file.write_all(text.as_bytes()))
-        .and_then(|()| std::fs::rename(&unfinished, path));
-    if matches!(&written, Err(error) if error.kind() != io::ErrorKind::AlreadyExists) {
-        let _ = std::fs::remove_file(&unfinished);
-    }
-    written
+    let folder = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut file = NamedTempFile::new_in(folder)?;
+    file.write_all(text.as_bytes())?;
+    file.persist(path).map(drop).map_err(|failed| failed.error)
 }
 
 /// Such as `20250131T235959Z`: sorts as text and needs no quoting in a shell.
@@ -115,6 +105,10 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "new");
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "nothing else is left behind");
+        let link = folder.path().join("link.json");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        write(&link, "newer").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "new", "a link is not followed");
     }
 
     #[test]

@@ -59,12 +59,11 @@ impl TraceWriter {
     /// of ours.
     pub fn create(path: &Path, heading: &Heading) -> Result<Self, TraceError> {
         let failed = |source| TraceError::Io { doing: "write", path: path.to_owned(), source };
-        // A missing folder is told of the part file.
-        if path.exists() {
+        if let Ok(there) = fs::metadata(path) {
             OutputFile::check(path).map_err(failed)?;
-        }
-        if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
-            return Err(failed(io::Error::other("it is a device or a pipe; name a file")));
+            if !there.is_file() {
+                return Err(failed(io::Error::other("it is a device or a pipe; name a file")));
+            }
         }
         // A link stays one.
         let path = &fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
@@ -139,8 +138,9 @@ impl TraceWriter {
     ///
     /// # Errors
     ///
-    /// Those of [`TraceWriter::flush`]; [`TraceError::Kept`] if the trace is whole, and is in the part file because it could not
-    /// be put where it belongs.
+    /// [`TraceError::Kept`]: the trace is whole, and in the part file because it could not be put where it belongs.
+    /// [`TraceError::Io`]: its last rounds or its end cannot be written, and it is no trace; whoever wants one of the rounds
+    /// before flushes first.
     pub fn finish(mut self, va_chunks: &[u64]) -> Result<(), TraceError> {
         self.flush()?;
         // From here on the file stays, wherever it stands.
@@ -249,21 +249,16 @@ fn open_locked(path: &Path) -> io::Result<File> {
 /// Errs if the file is anything but what a killed recorder leaves.
 fn refuse_to_lose(part: &File) -> io::Result<()> {
     let mut head = [0; COUNTS_AT as usize + 8];
-    match part.read_exact_at(&mut head, 0) {
-        Ok(()) if head[..MAGIC.len()] != MAGIC => Err(io::Error::other(
-            "it is there and is no recording; move it away or choose another name with --out",
-        )),
-        Ok(()) if head[COUNTS_AT as usize..] != [0; 8] => Err(io::Error::other(
-            "it is a recording that was kept; move it away or choose another name with --out",
-        )),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && part.metadata()?.len() > 0 => {
-            Err(io::Error::other(
-                "it is there and is no recording; move it away or choose another name with --out",
-            ))
-        }
-        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(error),
-        _ => Ok(()),
-    }
+    let what = if part.metadata()?.len() == 0 {
+        return Ok(());
+    } else if part.read_exact_at(&mut head, 0).is_err() || head[..MAGIC.len()] != MAGIC {
+        "it is there and is no recording"
+    } else if head[COUNTS_AT as usize..] != [0; 8] {
+        "it is a recording that was kept"
+    } else {
+        return Ok(());
+    };
+    Err(io::Error::other(format!("{what}; move it away or choose another name with --out")))
 }
 
 /// With 0 for what is not known yet: the counts of rounds and of pages, and the time of the start.

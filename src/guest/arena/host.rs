@@ -113,12 +113,13 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 fn is_held(path: &Path) -> bool {
     let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    // Num RefCount Protocol Flags Type St Inode Path, of which the inode is padded and the path may have spaces.
-    let name = |line: &'_ str| {
-        let rest = |rest: &'_ str| rest.trim_start().split_once(' ').map(|(_, rest)| rest.to_owned());
-        (0..7).try_fold(line.to_owned(), |line, _| rest(&line))
-    };
-    sockets.lines().skip(1).filter_map(name).any(|name| [path, &absolute].contains(&Path::new(&name)))
+    sockets.lines().skip(1).filter_map(bound_name).any(|name| [path, &absolute].contains(&Path::new(name)))
+}
+
+/// The name in a line of /proc/net/unix: Num RefCount Protocol Flags Type St Inode Path, of which the inode is padded and the
+/// path may have spaces.
+fn bound_name(line: &str) -> Option<&str> {
+    (0..7).try_fold(line, |rest, _| rest.trim_start().split_once(' ').map(|(_, rest)| rest))
 }
 
 /// Whether `path` itself, and not what it may be a link to, is a socket.
